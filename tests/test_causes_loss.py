@@ -111,7 +111,7 @@ OF_LOSSES: dict[str, tuple[str, nn.Module, str, Any]] = {
     "targets of another unit": (
         "labels-scale", net(1), "number", loss(lambda s, y: F.mse_loss(s.squeeze(-1), 1e4 * y + 1e5)),
     ),
-    "a mixing reshape": ("samples-mixed", net(CLASSES, Transposed()), "classes", CLASSIFY),
+    "a mixing reshape": ("axes-swapped", net(CLASSES, Transposed()), "classes", CLASSIFY),
     "a softmax over the samples": ("samples-mixed", net(CLASSES, Softmaxed(0)), "classes", CLASSIFY),
     "a norm over one value": ("norm-single-value", net(norm=Column(nn.LayerNorm(1))), "classes", CLASSIFY),
     "groups of one value": ("norm-single-value", net(norm=nn.GroupNorm(64, 64)), "classes", CLASSIFY),

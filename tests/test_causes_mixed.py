@@ -60,7 +60,7 @@ def test_a_softmax_over_the_samples_of_sequences(dim, first, count) -> None:
     found = mixed(Attends(dim, first=first), batch, translate)
     assert len(found) == count
     if found:
-        assert found[0] == ("samples-mixed", "embed, head", "warning")
+        assert found[0] == ("samples-mixed", "embed, head", "error")  # positions mix too
 
 
 class Embeds(nn.Module):

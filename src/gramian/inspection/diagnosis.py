@@ -208,7 +208,7 @@ def _measure_signal(
     measured.entries = observed.entries
     measured.looked_at += ["data", "loss", "modules in training steps"]
     try:
-        context.evaluated = evaluate(model, few[0], objective)
+        context.evaluated = evaluate(model, few[0], objective, observed.fed)
         measured.looked_at.append("evaluation mode")
     except Exception as error:  # a model that cannot run in evaluation mode
         measured.skipped |= {"evaluation mode": in_words(error)}
@@ -238,6 +238,7 @@ def _measure_signal(
             measured.looked_at.append(STEPS)
         except Exception as error:  # an optimizer that cannot be copied, or a step that fails
             measured.skipped |= {STEPS: in_words(error)}
+    measured.has_learned = context.has_learned
     found: list[Finding] = []
     for rule in CAUSES:
         try:

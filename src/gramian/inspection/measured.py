@@ -30,6 +30,7 @@ class Measured:
         entries: parameters that meet other values entry by entry, and are no matrices whatever their shape.
         is_satisfied: whether the loss is exactly zero, and is not with the same output for all samples: there is
             nothing left to learn from the batch, so that gradients are zero.
+        has_learned: whether the loss is far below that of an output that is the same for all samples.
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
         copied: prefixes of the names of layers that torch itself makes by copying one (`nn.TransformerEncoder`).
         facts: numbers about the whole model, by label, for the report; rules may add some.
@@ -47,6 +48,7 @@ class Measured:
     gains: dict[str, Gain | None] = field(default_factory=dict)
     jacobian: tuple[float, ...] = ()
     is_satisfied: bool = False
+    has_learned: bool = False
     is_chain: bool = True
     waiting: frozenset[str] | None = None
     frozen: frozenset[str] = frozenset()

@@ -118,7 +118,7 @@ def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
         everywhere = len(lost) == len(sized)
         yield Finding(
             "gradient-underflow",
-            "error",
+            "info" if measured.has_learned and not everywhere else "error",
             "No gradient arrives at any layer"
             if everywhere
             else f"The gradient underflows to zero in {len(lost)} of {len(sized)} layers",

@@ -7,11 +7,13 @@ Each rule takes a `Context`, which holds a few watched training steps, and yield
 from gramian.inspection.causes.adapting import RULES as ADAPTING
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.data import RULES as DATA
+from gramian.inspection.causes.derivatives import RULES as DERIVATIVES
 from gramian.inspection.causes.folding import ordered
 from gramian.inspection.causes.freezing import RULES as FREEZING
 from gramian.inspection.causes.gates import RULES as GATES
 from gramian.inspection.causes.heads import RULES as HEADS
 from gramian.inspection.causes.inputs import RULES as INPUTS
+from gramian.inspection.causes.leaks import RULES as LEAKS
 from gramian.inspection.causes.likelihoods import RULES as LIKELIHOODS
 from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.masks import RULES as MASKS
@@ -24,6 +26,7 @@ from gramian.inspection.causes.precision import RULES as PRECISION
 from gramian.inspection.causes.probed import RULES as PROBED
 from gramian.inspection.causes.profiles import RULES as PROFILES
 from gramian.inspection.causes.reach import RULES as REACH
+from gramian.inspection.causes.reshapes import RULES as RESHAPES
 from gramian.inspection.causes.stepping import RULES as STEPPING
 from gramian.inspection.causes.supervised import RULES as SUPERVISED
 from gramian.inspection.causes.zeroed import RULES as ZEROED
@@ -31,6 +34,7 @@ from gramian.inspection.causes.zeroed import RULES as ZEROED
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *INPUTS, *DATA, *PAIRED, *LOSS, *LIKELIHOODS, *SUPERVISED, *PROFILES, *PAIRS, *PROBED, *HEADS, *ZEROED, *REACH,
-    *FREEZING, *ADAPTING, *PARAMETERS, *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
+    *INPUTS, *DATA, *PAIRED, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *PAIRS, *PROBED, *LEAKS,
+    *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *MASKS, *MODULES, *GATES, *NORMS, *PRECISION,
+    *STEPPING,
 )  # fmt: skip

@@ -48,7 +48,7 @@ def labels(context: Context) -> Iterator[Finding]:
     kept = [y for y in found if y is not None]
     if not kept or len(kept) < len(found):
         return
-    y = torch.cat([one.reshape(-1).cpu() for one in kept])
+    y = _joined(kept)
     lost = int((~y.isfinite()).sum()) if y.is_floating_point() else 0
     if lost:
         yield Finding(
@@ -61,18 +61,15 @@ def labels(context: Context) -> Iterator[Finding]:
             advice="Drop those samples, or leave them out of the loss.",
         )
         return
-    if y.is_floating_point():
-        constant = len(y) >= FEW and float(y.std()) <= 1e-7 * float(y.abs().amax() + 1e-30)
-    else:
-        y = y[y >= 0]
-        constant = len(y) >= FEW and bool((y == y[0]).all())
-    if constant:
+    others = [g.values for g in context.given if g.is_target and not g.is_input]
+    constant = next((one for one in (y, *map(_joined, others)) if _is_constant(one)), None)
+    if constant is not None:
         yield Finding(
             "labels-constant",
             "error",
-            f"All {len(y)} labels are the same",
+            f"All {len(constant)} labels are the same",
             where="labels",
-            evidence=f"every label is {y[0].item():g} (exact)",
+            evidence=f"every label is {constant[0].item():g} (exact)",
             cause="The loader is sorted by class, or the labels were lost.",
             advice="Shuffle the training data, and look at the labels that the loader returns.",
         )
@@ -117,6 +114,21 @@ def labels(context: Context) -> Iterator[Finding]:
         )
 
 
+def _joined(batches: Sequence[Tensor]) -> Tensor:
+    """The labels of all batches, in a row; of classes, those that count."""
+    y = torch.cat([one.detach().reshape(-1).cpu() for one in batches])
+    return y if y.is_floating_point() else y[y >= 0]
+
+
+def _is_constant(y: Tensor) -> bool:
+    """Whether there are many labels, and all are the same."""
+    if len(y) < FEW:
+        return False
+    if y.is_floating_point():
+        return float(y.std()) <= 1e-7 * float(y.abs().amax() + 1e-30)
+    return bool((y == y[0]).all())
+
+
 def _are_sorted(batches: Sequence[Tensor]) -> bool:
     """Whether class labels never fall, or never rise, from the first of several batches to the last."""
     if len(batches) < 2 or any(y.is_floating_point() or y.ndim != 1 for y in batches):
@@ -158,7 +170,7 @@ def mixed(context: Context) -> Iterator[Finding]:
             "error" if context.evaluated is None or context.evaluated.is_labeled else "warning",
             "The output for a sample depends on the other samples of the batch",
             where=", ".join(n for n in (before, by) if n) or "all layers",
-            evidence=f"in evaluation mode, with another first sample the outputs of the others change: that of "
+            evidence="in evaluation mode, with another first and last sample the outputs of the others change: that of "
             f"{by or 'the model'} does" + (f", and that of {before} before it does not" if before else ""),
             cause="A softmax, mean, reshape or recurrence runs over the samples: a wrong dim, a transpose, or "
             "batch_first.",

@@ -23,6 +23,9 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "loss-term-missing",
         "loss-flat",
         "loss-collapses",
+        "labels-ignored",
+        "derivative-zero",
+        "target-drawn",
         "pairs-mismatched",
         "target-not-detached",
         "output-range",
@@ -30,6 +33,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "graph-cut",
+        "gradient-stopped",
         "gradient-overflow",
         "loss-double-softmax",
         "loss-double-sigmoid",
@@ -42,6 +46,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "norm-single-value",
         "attention-masked",
         "attention-over-queries",
+        "axes-swapped",
         "reduction-cancels",
         "samples-mixed",
         "target-leak",
@@ -109,8 +114,9 @@ _SIZES = frozenset(("unusual-size", "dominant-direction"))
 _RATES = frozenset(("rate-too-high", "rate-too-low", "labels-independent"))
 _SIGNAL = frozenset((
     "non-finite-weights", "input-non-finite", "input-constant", "input-dominated", "input-offset", "input-scale",
-    "graph-cut", "gradient-overflow", "zero-weights", "zero-factor", "parameter-constant", "norm-zero-gain",
-    "embedding-scale", "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range",
+    "graph-cut", "gradient-stopped", "gradient-overflow", "zero-weights", "zero-factor", "parameter-constant",
+    "norm-zero-gain", "embedding-scale", "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed",
+    "output-range",
     "labels-non-finite", "parameter-unregistered", "softmax-single-value",
     "head-scale", "head-offset", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
     "gradient-kept", "rate-grows", "loss-flat", "loss-collapses", "loss-reversed", "loss-unbounded",
@@ -122,6 +128,8 @@ _EMPTIED = frozenset(("no-nonlinearity", "input-unused", "order-ignored"))
 # What samples that change each other's outputs explain: where all become the same, no gradient comes back; but they
 # make no gain wrong and no unit dead.
 _MIXED = _SYMPTOMS | _RATES
+# What values do that a reshape put in the wrong places.
+_MISPLACED = frozenset(("samples-mixed", "target-leak"))
 # What lies behind all other layers, and does not change their gains.
 _BEHIND = frozenset(("head-scale", "head-offset", "output-range"))
 
@@ -176,6 +184,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     padded = next((f for f in serious if f.code == "padding-read"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]
+    if finding.code in _MISPLACED:
+        return next((f for f in serious if f.code == "axes-swapped"), None)
     if finding.code not in _MIXED:
         causes = [c for c in causes if c.code != "samples-mixed"]
     if _is_local(finding):  # one layer's gain is what its units, weights or norm make it

@@ -53,7 +53,21 @@ def _divergence(found: Criterion) -> Iterator[Finding]:
     # kl_div does not know which dimension holds the classes: each is tried, and one that fits is enough.
     dims = range(given.ndim) if function == "kl_div" else (given.ndim - 1,)
     sums = {dim: given.logsumexp(dim) for dim in dims if given.shape[dim] > 1}
-    if any(float((s.abs() > SUMS).float().mean()) <= 0.5 for s in sums.values()):
+    fits = [dim for dim, s in sums.items() if float((s.abs() > SUMS).float().mean()) <= 0.5]
+    if fits:
+        target = found.target.float()
+        others = [dim for dim in sums if target.shape == given.shape and _normalized(target, dim)]
+        if function == "kl_div" and others and not set(fits) & set(others):
+            yield Finding(
+                "loss-not-log-probabilities",
+                "error",
+                "kl_div is given probabilities over one dimension, and a target of them over another",
+                where="loss",
+                evidence=f"its input sums to one over dimension {fits[-1]}, and its target over {others[0]} (exact)",
+                cause="One of the two softmaxes has the wrong dim: the scores of one class compete with each other.",
+                advice="Use softmax(dim=-1) for both.",
+            )
+            return
         if function == "kl_div" and bool((found.target < 0).any()):
             yield Finding(
                 "loss-not-log-probabilities",

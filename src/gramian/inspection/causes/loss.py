@@ -9,6 +9,7 @@ import torch
 
 from gramian.inspection.causes.context import Context
 from gramian.inspection.passes.given import key
+from gramian.inspection.passes.losses import VALUES
 from gramian.report import Finding
 
 __all__ = ["RULES"]
@@ -112,7 +113,12 @@ def rows(context: Context) -> Iterator[Finding]:
 def output_range(context: Context) -> Iterator[Finding]:
     """Find targets that the last function of the network cannot reach. Exact."""
     ends, output, target = context.observed.ends, context.observed.output, context.targets
-    if ends is None or output is None or target is None or not _fits(target.shape, output.shape):
+    if ends is None or output is None or target is None:  # or of what the loss takes of it
+        part = next((c for c in context.observed.criteria if c.ends is not None and c.function in VALUES), None)
+        if part is None or not part.target.is_floating_point():
+            return
+        ends, output, target = part.ends, part.given, part.target
+    if ends is None or not _fits(target.shape, output.shape):
         return
     outside = (target < ends.low) | (target > ends.high)
     share = float(outside.float().mean())
@@ -126,6 +132,21 @@ def output_range(context: Context) -> Iterator[Finding]:
             f"{float(target.min()):.3g} to {float(target.max()):.3g} (exact)",
             cause="Outputs at an end of the range get no gradient.",
             advice=f"Remove the {ends.function} at the end, or scale the targets into its range.",
+        )
+
+
+def drawn_target(context: Context) -> Iterator[Finding]:
+    """Find outputs that are compared with numbers which are drawn for it and used nowhere else. Exact."""
+    if context.observed.drawn_target:
+        yield Finding(
+            "target-drawn",
+            "error",
+            "The loss compares an output with random numbers of which nothing else was made",
+            where="loss",
+            evidence=f"the target comes from {context.observed.drawn_target}, and no other operation takes it (exact)",
+            cause="The noise that is to be predicted was drawn a second time, so that the input says nothing about it: "
+            "the best output is its mean.",
+            advice="Keep the noise with which the input was made, and compare with that.",
         )
 
 
@@ -232,6 +253,7 @@ RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     scores,
     binary_scores,
     rows,
+    drawn_target,
     maximized,
     output_range,
     single_softmax,

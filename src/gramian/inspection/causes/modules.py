@@ -99,6 +99,12 @@ def _is_given_zeros(context: Context, a: Activation) -> bool:
     return call is not None and call.output.rms == 0.0
 
 
+def _is_beside(context: Context, a: Activation) -> bool:
+    """Whether parameters other than those of the layer in front get a gradient."""
+    source = context.source_of(a)
+    return any(grad for name, grad in context.observed.gradients.items() if context.module_of(name) != source)
+
+
 def _is_shut(a: Activation) -> bool:
     """Whether a layer passes nearly nothing on.
 

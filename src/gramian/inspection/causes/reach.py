@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
 
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
@@ -61,16 +65,38 @@ def unreached(context: Context) -> Iterator[Finding]:
     if unused:
         modules = list(dict.fromkeys(context.module_of(n) or n for n in unused))
         share = sum(context.parameters[n].numel() for n in unused) / sum(p.numel() for p in context.parameters.values())
+        idle = context.probes.idle_targets
+        is_odd = bool(idle) or any(context.has_used_twin(m) or _is_stood_in_for(context, m) for m in modules)
         yield Finding(
             "parameter-unused",
-            "warning" if share > UNUSED or any(context.has_used_twin(m) for m in modules) else "info",
+            "warning" if share > UNUSED or is_odd else "info",
             f"The loss does not depend on {len(unused)} of {len(seen.gradients)} parameters",
             where=some(modules, SHOWN),
             evidence=f"{some(unused, SHOWN)}: no result of theirs reaches the loss in {len(seen.batches)} batches "
-            f"(exact); {share:.1%} of all values",
-            cause="The layer was built and is not called, its result is dropped, or it serves other inputs.",
+            f"(exact); {share:.1%} of all values"
+            + (f"; nor does the loss depend on {some(idle)} (exact)" if idle else ""),
+            cause="A term of the loss is missing, which would compare their result with that."
+            if idle
+            else "The layer was built and is not called, its result is dropped, or it serves other inputs.",
             advice="Use it in forward, or remove it.",
         )
+
+
+def _is_stood_in_for(context: Context, name: str) -> bool:
+    """Whether a module is not called, and another of its class and shapes twice or more, as by a name that is wrong."""
+    if name in context.observed.called or not name:
+        return False
+    own = context.modules.get(name)
+    counts = Counter(call.name for call in context.observed.calls)
+    return own is not None and any(
+        counts[other] > 1 and type(module) is type(own) and _shapes(module) == _shapes(own)
+        for other, module in context.modules.items()
+        if other.rpartition(".")[0] == name.rpartition(".")[0] and other != name
+    )
+
+
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [p.shape for p in module.parameters()]
 
 
 def drawn(context: Context) -> Iterator[Finding]:
@@ -162,6 +188,27 @@ def flat(context: Context) -> Iterator[Finding]:
     )
 
 
+def stopped(context: Context) -> Iterator[Finding]:
+    """Find operations that let nothing of a gradient pass, where parameters have one of exact zeros. Exact."""
+    found = context.observed.stopped
+    zero = [n for n, g in context.observed.gradients.items() if g == 0.0]
+    if found is None or not zero or context.has_learned:
+        return
+    place, operation = found
+    yield Finding(
+        "gradient-stopped",
+        "error",
+        f"No gradient passes {operation} in {'the loss' if place == 'loss' else context.told(place)}",
+        where=place or "all layers",
+        evidence=f"it gets a gradient and gives one of exact zeros; that of {some(zero, SHOWN)} is zero (exact)",
+        cause="The function is flat: a rounding or a sign has steps, and a clamp ends, at which all values are."
+        if operation not in ("normal", "bernoulli")
+        else "What is drawn has no derivative by the numbers it is drawn with.",
+        advice="Let the gradient pass a rounding straight through, x + (round(x) - x).detach(); remove a clamp, or "
+        "widen it; draw with mean + deviation * torch.randn_like(mean).",
+    )
+
+
 def _is_zero_behind_head(context: Context) -> bool:
     """Whether all matrices but the head get a gradient of exact zeros, and no zero matrix explains that."""
     zero = context.observed.zero_gradients
@@ -205,4 +252,6 @@ def _parameters(count: int, *, verb: str = "get", single: str = "gets") -> str:
     return f"1 parameter {single}" if count == 1 else f"{count} parameters {verb}"
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, flat, unreached, drawn, unregistered, shared)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
+    numbers, flat, stopped, unreached, drawn, unregistered, shared,
+)  # fmt: skip

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gramian.batch import LABELS, first_samples, main_input, mapped, parts, tensors
 from gramian.errors import InputError
 from gramian.inspection.passes.following import Follower
+from gramian.inspection.passes.given import given_of, taken_of
 from gramian.inspection.passes.moments import first_float
 from gramian.objective import Objective
 from gramian.recording.hooks import hooks
@@ -26,8 +27,7 @@ __all__ = ["Evaluated", "evaluate"]
 # A row of an output counts as changed if it moves by this share of the rows' size. Products of the same shapes round
 # each row alike, whatever the others hold.
 MOVED = 1e-5
-# Samples from which on a mixture is looked for, and how many are enough: what mixes more mixes these. Seldom the width
-# of a layer, whose outputs would look like scores of all pairs.
+# Samples from which on a mixture is looked for, and how many are enough: what mixes more mixes these.
 FEW, ENOUGH = 4, 7
 
 # Functions that drop; whether they do where nobody says whether it is training.
@@ -43,8 +43,8 @@ class Evaluated:
 
     Attributes:
         loss: mean over the units of the batch.
-        mixed_by: the first module whose output for a sample changes when another sample does; `None` where there is
-            none, or the rows of the batch are no separate samples.
+        mixed_by: the first module whose output for a sample changes when others do; `None` where there is none, or the
+            rows of the batch are no separate samples.
         before: the last module before it whose outputs do not.
         is_labeled: whether each row of the batch has a label, a number or a vector, so that it surely is a sample.
         drops: the first module in which dropout acts, with the function that drops; `None` where none does.
@@ -57,19 +57,22 @@ class Evaluated:
     drops: tuple[str, str] | None = None
 
 
-def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
-    """Run a batch in evaluation mode, and once more with another sample in the place of the first.
+def evaluate(model: nn.Module, batch: Any, objective: Objective, fed: Collection[tuple[int, int]] = ()) -> Evaluated:
+    """Run a batch in evaluation mode, and once more with another sample in the place of the first and the last.
 
     The second pass is made where the batch is rows of inputs, and nothing in the model says that rows belong together,
     as a norm does that uses the batch's statistics in evaluation mode too, or a matrix of all pairs of rows without
-    which the model does not run on fewer. Rows with a label each, a number or a vector, are samples. Others may be the
-    positions of sequences, so that there the model must also treat rows alike: its outputs are to come in another order
-    where the inputs do, and no module that takes positions first may be the one that mixes.
+    which the model does not run on fewer. Rows with a label each, a number or a vector, are samples; so are those of
+    tokens that mix along both dimensions, or of which the model is given all but the last or first of a row. Others may
+    be the positions of sequences, so that there the model must also treat rows alike: its outputs are to come in
+    another order where the inputs do, and no module that takes positions first may be the one that mixes. Scores of
+    all pairs of samples are to change for the pairs of what changed alone.
 
     Args:
         model: left as it was.
         batch: as `objective` takes it.
         objective: gives the loss.
+        fed: keys of the tensors with which the model is called, where they are known.
 
     Returns: an `Evaluated`.
     Raises: what the model raises.
@@ -83,33 +86,44 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
         if not rows or not math.isfinite(loss) or drops.first:
             return Evaluated(loss, drops=drops.first)
         try:
-            found = _mixture(model, batch, objective, min(rows - 1, ENOUGH))
+            found = _mixture(model, batch, objective, min(rows - 1, ENOUGH), fed)
         except Exception:  # the model's batches have one size: that of a graph, or one that it was written for
-            found = None if _holds_pairs(model, batch, rows) else _mixture(model, batch, objective, rows)
+            found = None if _holds_pairs(model, batch, rows) else _mixture(model, batch, objective, rows, fed)
     return Evaluated(loss) if found is None else Evaluated(loss, *found)
 
 
-def _mixture(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple[str, str, bool] | None:
+def _mixture(
+    model: nn.Module, batch: Any, objective: Objective, rows: int, fed: Collection[tuple[int, int]]
+) -> tuple[str, str, bool] | None:
     """The first module that mixes the first rows, the one before it, and whether the rows surely are samples.
 
     `None` too where no two passes agree.
     """
+    runs_along = any(one.length < one.whole.shape[1] for one in taken_of(batch, fed) if one.whole.ndim > 1)
+    labels = [g.values[0] for g in given_of([batch], set(fed), set()) if fed and not g.is_input]
+    has_single = any(t.ndim == 1 or t.shape[1:] == (1,) for t in labels)
     batch = first_samples(batch, rows)
     before = _run(model, batch, objective, rows)[1]
-    if all(name for name, _ in before) and rows > 2:  # as many outputs as rows, or scores of all pairs
-        fewer = first_samples(batch, rows - 1)
-        with suppress(Exception):  # of a model whose batches have one size
-            before = _run(model, fewer, objective, rows - 1)[1]
-            rows, batch = rows - 1, fewer
-    changed = _first_change(before, _run(model, _with_another_first(batch, rows), objective, rows)[1])
+    changed = _first_change(before, _run(model, _with_other_ends(batch, rows), objective, rows)[1])
     if changed is None or _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
         return None  # or the model draws numbers of its own
-    if _are_labeled(model, batch, objective, rows):
+    if runs_along or has_single or _are_labeled(model, batch, objective, rows):
         return *changed, True
     turned = mapped(batch, lambda t: t.roll(1, 0) if t.ndim and len(t) == rows else t)  # labels too: it may take them
     turned = _run(model, turned, objective, rows)[1]
-    alike = [not _differ(a.roll(1, 1), b) for (name, a), (_, b) in zip(before, turned, strict=True) if not name]
-    return (*changed, False) if all(alike) and not _takes_positions_first(model, changed[0]) else None
+    alike = [not _differ(a.roll(1, 1)[2:], b[2:]) for (name, a), (_, b) in zip(before, turned, strict=True) if not name]
+    if not all(alike) and not _draws_for_rows(model, batch, objective, rows):
+        return None
+    return None if _takes_positions_first(model, changed[0]) else (*changed, False)
+
+
+def _draws_for_rows(model: nn.Module, batch: Any, objective: Objective, rows: int) -> bool:
+    """Whether the model draws numbers, so that no row is treated like another, and rows of features are its samples."""
+    x = main_input(batch)
+    if x.ndim != 2 or not x.is_floating_point():
+        return False
+    one, other = (_run(model, batch, objective, rows, seed=seed)[1] for seed in (0, 1))
+    return len(one) == len(other) and any(_differ(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
 
 
 def _takes_positions_first(model: nn.Module, name: str) -> bool:
@@ -120,9 +134,9 @@ def _takes_positions_first(model: nn.Module, name: str) -> bool:
 
 
 def _run(
-    model: nn.Module, batch: Any, objective: Objective, rows: int, dim: int = 0
+    model: nn.Module, batch: Any, objective: Objective, rows: int, dim: int = 0, *, seed: int = 0
 ) -> tuple[float, list[tuple[str, Tensor]]]:
-    seed_torch(0)
+    seed_torch(seed)
     with _watched(model, rows, dim) as seen:
         total, units = objective.loss(model, batch)
     return float(total.detach()) / float(units), seen
@@ -155,7 +169,8 @@ def _first_change(before: list[tuple[str, Tensor]], after: list[tuple[str, Tenso
     whole = [i for i, (name, _) in enumerate(before) if not name]
     if not whole or [name for name, _ in before] != [name for name, _ in after]:
         return None
-    pairs = [(a[:, 1:], b[:, 1:]) for (_, a), (_, b) in zip(before, after, strict=True)]
+    inner = slice(1, max(2, before[0][1].shape[1] - 1))
+    pairs = [(a[:2, inner], b[:2, inner]) for (_, a), (_, b) in zip(before, after, strict=True)]
     moved = [i for i, (a, b) in enumerate(pairs) if _differ(a, b)]
     if not moved or not (whole[-1] in moved or _is_same_for_all(before[whole[-1]][1])):
         return None
@@ -190,9 +205,12 @@ def _holds_pairs(model: nn.Module, batch: Any, rows: int) -> bool:
 def _are_labeled(model: nn.Module, batch: Any, objective: Objective, rows: int) -> bool:
     """Whether each row has one label, a number or a vector, so that it surely is a sample.
 
-    Were rows the positions of sequences, the second dimension would be the samples, of the inputs and of the labels.
+    Were rows the positions of sequences, the second dimension would be the samples, of the inputs and of the labels;
+    of tokens alone too.
     """
     x, y = main_input(batch), parts(batch).labels
+    if x.ndim == 2 and not x.is_floating_point() and (not isinstance(y, Tensor) or y.shape == x.shape):
+        return _columns_mix(model, batch, objective, x.shape[1])
     if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != rows:
         return False
     if y.ndim == 1 or y.shape == (rows, 1):
@@ -206,20 +224,24 @@ def _are_labeled(model: nn.Module, batch: Any, objective: Objective, rows: int) 
 def _columns_mix(model: nn.Module, batch: Any, objective: Objective, columns: int) -> bool:
     """Whether columns of the outputs depend on other columns of the inputs, so that they are no samples."""
     try:
-        moved = _with_another_first(batch, columns, 1)
+        moved = _with_other_ends(batch, columns, 1)
         before, after = (_run(model, b, objective, columns, 1)[1] for b in (batch, moved))
     except Exception:
         return False
     return _first_change(before, after) is not None
 
 
-def _with_another_first(batch: Any, rows: int, dim: int = 0) -> Any:
-    """The batch with the last of its inputs' rows, or columns, in the place of the first; labels as they were."""
+def _with_other_ends(batch: Any, rows: int, dim: int = 0) -> Any:
+    """The batch with the middle one of its inputs' rows, or columns, as the first and last; labels as before.
+
+    Of two, the first becomes the second.
+    """
 
     def changed(t: Tensor) -> Tensor:
         if t.ndim <= dim or t.shape[dim] != rows:
             return t
-        return torch.cat((t.narrow(dim, rows - 1, 1), t.narrow(dim, 1, rows - 1)), dim)
+        middle = t.narrow(dim, rows // 2, 1)
+        return torch.cat((middle, t.narrow(dim, 1, max(1, rows - 2)), middle), dim).narrow(dim, 0, rows)
 
     if isinstance(batch, Tensor):
         return changed(batch)
@@ -232,7 +254,8 @@ def _with_another_first(batch: Any, rows: int, dim: int = 0) -> Any:
 def _watched(model: nn.Module, rows: int, dim: int) -> Iterator[list[tuple[str, Tensor]]]:
     """A context that lists each module's output as it returns: sums over each row, and over the absolute values.
 
-    With `dim` 1, over each column.
+    With `dim` 1, over each column. Of scores of all pairs of rows, those of the first and last are left out, and the
+    sums over all of them come behind.
     """
     found: list[tuple[str, Tensor]] = []
 
@@ -241,10 +264,10 @@ def _watched(model: nn.Module, rows: int, dim: int) -> Iterator[list[tuple[str, 
             made = first_float(output)
             if made is None or made.ndim <= dim or made.shape[dim] != rows:
                 return
-            if dim or made.shape != (rows, rows):  # scores of all pairs are meant
-                flat = made.detach().movedim(dim, 0).reshape(rows, -1)
-                sums = (t.sum(1, dtype=torch.float64) for t in (flat, flat.abs()))
-                found.append((name, torch.stack(tuple(sums))))
+            flat = made.detach().movedim(dim, 0).reshape(rows, -1)
+            inner = flat[:, 1:-1] if not dim and made.shape == (rows, rows) else flat
+            sums = (t.sum(1, dtype=torch.float64) for t in (inner, inner.abs(), flat, flat.abs()))
+            found.append((name, torch.stack(tuple(sums))))
 
         return keep
 

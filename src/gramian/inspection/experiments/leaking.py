@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gramian.batch import main_input, mapped
 from gramian.errors import GramianError
-from gramian.inspection.passes.given import given_of
+from gramian.inspection.passes.given import given_of, taken_of
 from gramian.inspection.passes.moments import first_float
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
@@ -80,7 +80,7 @@ def _sequences(observed: Observed) -> list[Tensor]:
         first = [main_input(observed.batches[0])]
     except (GramianError, IndexError):
         return []
-    given = [g.values[0] for g in given_of(observed.batches[:1], observed.fed, set()) if g.is_input]
+    given = [one.whole for one in taken_of(observed.batches[0], observed.fed)]
     return first + [t for t in given if t is not first[0] and t.ndim == 2 and not t.is_floating_point()]
 
 
@@ -97,7 +97,9 @@ def _find_next(model: nn.Module, observed: Observed, objective: Objective, x: Te
     if not len(rows):
         return None
     with evaluating(model), eager(), torch.enable_grad():
-        runs = [_run(model, given, objective, x.shape[:2]) for given in (batch, _with(batch, x, other))]
+        taken = (one.values for one in taken_of(batch, observed.fed) if one.whole is x)  # all, or all but the last
+        shape = next(taken, x).shape[:2]
+        runs = [_run(model, given, objective, shape) for given in (batch, _with(batch, x, other))]
     (names, before), (again, after) = runs
     if names != again or "" not in names:
         return None
@@ -119,12 +121,12 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
     that sees both sides may be one that restores them; one that sees none behind has nothing to predict.
     """
     batch = observed.batches[0]
-    given = [g for g in given_of(observed.batches[:1], observed.fed, set()) if g.is_input]
+    given = taken_of(batch, observed.fed)
     for one in given:
-        z = one.values[0]
+        z = one.values
         if z.is_floating_point() or z.ndim != 2 or z.shape[1] < LEAST or len(z) < 2 or not _is_target(observed, z):
             continue
-        others = any(not _is_mask(t) and not _is_target(observed, t) for t in (g.values[0] for g in given))
+        others = any(not _is_mask(t) and not _is_target(observed, t) for t in (g.values for g in given))
         position = z.shape[1] // 2 - 1
         other = z.clone()
         other[:, position + 1 :] = z.roll(1, 0)[:, position + 1 :]
@@ -132,7 +134,9 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
         if not len(rows):
             continue
         with evaluating(model), eager(), torch.enable_grad():  # a loss may differentiate on its way
-            runs = [_run(model, b, objective, z.shape) for b in (batch, _with(batch, z, other))]
+            runs = [
+                _run(model, b, objective, z.shape) for b in (batch, _with(batch, one.whole, one.with_values(other)))
+            ]
         (names, before), (again, after) = runs
         if names != again or "" not in names:
             continue
@@ -141,9 +145,28 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
         here = _share(before[whole], after[whole], rows, position + 1)
         if here > MOVED_NARROW and (others or early <= EQUAL):
             return Leak(position, here, "", "", is_copy=early <= EQUAL, source=one.name)
-        if here > MOVED_NARROW and _is_chosen(observed, z):
+        if here > MOVED_NARROW and (_is_chosen(observed, z) or _hides_the_rest(observed, z)):
             return Leak(position, here, "", "", is_hidden=False, source=one.name)
     return None
+
+
+def _hides_the_rest(observed: Observed, z: Tensor) -> bool:
+    """Whether a token stands here and there, and never where the loss counts: what a mask hides is not asked for."""
+    for found in observed.criteria:
+        if found.target.numel() == z.numel() and not found.target.is_floating_point():
+            counts = found.target.reshape(z.shape).to(z.device) >= 0
+            for token in z[~counts].unique().tolist():
+                stands = z == token
+                if not bool((stands & counts).any()) and _are_scattered(stands):
+                    return True
+    return False
+
+
+def _are_scattered(places: Tensor) -> bool:
+    """Whether places (N, T) are enough, and alone or in short runs."""
+    num = int(places.sum())
+    runs = int(places[:, 0].sum()) + int((places[:, 1:] & ~places[:, :-1]).sum())
+    return num >= FEW and runs > ALONE * num
 
 
 def _is_chosen(observed: Observed, z: Tensor) -> bool:
@@ -151,9 +174,7 @@ def _is_chosen(observed: Observed, z: Tensor) -> bool:
     for found in observed.criteria:
         if found.target.numel() == z.numel() and not found.target.is_floating_point():
             counts = found.target.reshape(z.shape) >= 0
-            num = int(counts.sum())
-            runs = int(counts[:, 0].sum()) + int((counts[:, 1:] & ~counts[:, :-1]).sum())
-            if FEW <= num < SAME * z.numel() and runs > ALONE * num:
+            if int(counts.sum()) < SAME * z.numel() and _are_scattered(counts):
                 return True
     return False
 

@@ -60,8 +60,8 @@ def open_zeros(model: nn.Module, observed: Observed, objective: Objective, parts
 
     Returns: an `Opening`, empty where no parameter and no gradient is zero.
     Raises: what the model raises.
-    Cost: nothing where no parameter is zero; else up to 6 passes forward and backward, and a copy of the parameters
-        that have zeros.
+    Cost: nothing where no matrix is small and no gradient zero; a pass forward and backward where one is small; else up
+        to 6, and a copy of the parameters that have zeros.
     Source: this library's own.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}

@@ -3,42 +3,112 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gramian.batch import main_input, mapped
+from gramian.inspection.experiments.replaying import Asked, are_equal, outputs_of
+from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.padding import padding_of
 
-__all__ = ["as_set", "in_another_order", "without_order"]
+__all__ = ["are_in_order", "as_set", "ignores_order", "without_order"]
 
 # Members of a set from which on their order is looked at.
 LONG = 4
 # Classes of tokens that are told apart, and quantiles that stand for what numbers a set has, in whatever order.
 MOST_TOKENS, QUANTILES = 512, 5
+# Shuffles with which neighbors are compared, and deviations of theirs from which on tokens are in an order.
+SHUFFLES, DEVIATIONS = 20, 6.0
 
 
-def in_another_order(model: nn.Module, seen: Observed, x: Tensor) -> Tensor | None:
-    """The inputs with their members in another order.
+def ignores_order(asked: Asked) -> bool | None:
+    """Whether tokens, vectors of a sequence or patches may change places, padding with them.
+
+    The output then stays as it is, or, where there is one for each position, changes places in the same way.
 
     Args:
-        model: takes them.
-        seen: of this model.
-        x: tokens (N, T), vectors (N, T, C), or images (N, C, H, W) that the model cuts into patches first.
+        asked: the model, left as it was, and its loss.
 
-    Returns: a tensor of the same shape; `None` where the inputs are no sets of at least 4.
-    Raises: nothing of its own.
-    Cost: a copy.
+    Returns: whether; `None` where the inputs are no sets of at least 4, or come beside others than masks.
+    Raises: what the model raises.
+    Cost: a forward pass of 16 samples.
     Source: this library's own.
     """
+    x = main_input(asked.batch)
+    if x.ndim < 2:
+        return None
+    names = {g.name for g in given_of(asked.seen.batches[:1], asked.seen.fed, set()) if g.is_input}
+    others = [g.values[0] for g in given_of([asked.batch], set(), set()) if g.name in names and g.values[0] is not x]
+    masks = [t for t in others if t.shape == x.shape[:2] and bool(((t == 0) | (t == 1)).all())]
+    order = _order(x)
+    other = (
+        _in_another_order(asked.model, asked.seen, x, order) if len(names) == len(others) + 1 and len(x) > 1 else None
+    )
+    if other is None or len(masks) < len(others) or bool((other == x).all()):
+        return None
+    moved = mapped(asked.batch, lambda t: other if t is x else t[:, order] if any(t is mask for mask in masks) else t)
+    with torch.no_grad():
+        one, two = asked.replay.single, outputs_of(asked, moved)
+    if one is None or two is None or len(one) != len(x):
+        return None
+    if one.ndim == 3 and x.ndim < 4 and one.shape[1] == x.shape[1]:
+        return are_equal(one[:, order], two)
+    return are_equal(one, two) if one.ndim == 2 else None
+
+
+def are_in_order(model: nn.Module, batches: Sequence[Any]) -> bool:
+    """Whether tokens follow each other in an order: pairs of neighbors repeat more than where each row is shuffled.
+
+    Args:
+        model: tells which tokens are padding, which is left out.
+        batches: of tokens (N, T), the main inputs.
+
+    Returns: whether the pairs' repetitions are 6 standard deviations beyond those of 20 shuffles.
+    Raises: nothing of its own.
+    Cost: 20 sorts of the tokens.
+    Source: this library's own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens, hidden = [], []
+    for batch in batches:
+        x = main_input(batch)
+        padding = padding_of(model, batch, x)
+        tokens.append(x.detach().cpu().long())
+        hidden.append(torch.zeros(x.shape, dtype=torch.bool) if padding is None else padding.cpu())
+    if any(t.ndim != 2 or t.shape[1] != tokens[0].shape[1] for t in tokens):
+        return False
+    rows, padding = torch.cat(tokens), torch.cat(hidden)
+
+    def repeats(keys: Tensor) -> float:
+        order = (keys + 2 * padding).argsort(dim=1, stable=True)
+        x, valid = rows.gather(1, order), ~padding.gather(1, order)[:, 1:]
+        pairs = torch.stack((x[:, :-1][valid], x[:, 1:][valid]), 1)
+        return float(torch.unique(pairs, dim=0, return_counts=True)[1].double().square().sum())
+
+    here = repeats(torch.zeros(rows.shape))
+    shuffled = torch.tensor([repeats(torch.rand(rows.shape, generator=generator)) for _ in range(SHUFFLES)])
+    return here > float(shuffled.mean() + DEVIATIONS * shuffled.std() + 1e-9)
+
+
+def _order(x: Tensor, num: int | None = None) -> Tensor:
+    """The order of the members of a set, as many as the second dimension or `num`."""
+    return torch.randperm(num or x.shape[1], generator=torch.Generator().manual_seed(0)).to(x.device)
+
+
+def _in_another_order(model: nn.Module, seen: Observed, x: Tensor, order: Tensor) -> Tensor | None:
+    """Tokens, vectors or patches, as for `as_set`, in another order; `None` where there are no 4 of them."""
     patch = _patch(model, seen, x)
     members = _cut(x, patch) if patch else x
     if not patch and not (x.ndim == 2 and not x.is_floating_point()) and not (x.ndim == 3 and x.is_floating_point()):
         return None
     if members.shape[1] < LONG:
         return None
-    generator = torch.Generator().manual_seed(0)
-    members = members[:, torch.randperm(members.shape[1], generator=generator).to(x.device)]
+    members = members[:, _order(x, members.shape[1]) if patch else order]
     return _joined(members, x.shape, patch) if patch else members
 
 
@@ -46,7 +116,8 @@ def as_set(model: nn.Module, seen: Observed, x: Tensor) -> Tensor:
     """The features of a set's members, (N, number, features): of tokens, which it is; of images, the patch.
 
     Args:
-        model, seen, x: as for `in_another_order`, which is not `None`.
+        model, seen: as they were observed.
+        x: tokens (N, T), vectors (N, T, C), or images (N, C, H, W) that the model cuts into patches first.
 
     Returns: a tensor of floats.
     Raises: nothing of its own.

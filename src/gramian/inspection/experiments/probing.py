@@ -15,15 +15,16 @@ from gramian.inspection.experiments.compared import label_names
 from gramian.inspection.experiments.contrasting import Contrast, pulled_apart
 from gramian.inspection.experiments.endless import falls, plunges
 from gramian.inspection.experiments.flat import largest_slope
-from gramian.inspection.experiments.ordering import in_another_order
+from gramian.inspection.experiments.ordering import ignores_order
 from gramian.inspection.experiments.padded import Reading, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
 from gramian.inspection.experiments.profiles import Profile, along_outputs
-from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
+from gramian.inspection.experiments.recutting import Recut, recut
+from gramian.inspection.experiments.replaying import Asked, are_equal, loss_of, outputs_of
 from gramian.inspection.experiments.rows import Rows, compared_rows
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
-from gramian.inspection.experiments.unused import Unused, without_columns, without_effect
+from gramian.inspection.experiments.unused import Idle, Unused, idle_half, idle_targets, without_columns, without_effect
 from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
@@ -40,6 +41,8 @@ TRIED = {
     "falls": "whether the loss has a minimum",
     "plunges": "whether the loss falls faster than the outputs grow",
     "without_effect": "whether each input has an effect",
+    "idle": "whether both halves of each input have an effect",
+    "idle_targets": "whether the loss takes all labels",
     "ignores_order": "whether the output depends on the order of tokens or patches",
     "supervision": "whether the loss is lower where the outputs are as the labels say",
     "column": "whether all columns of the output have a gradient",
@@ -55,6 +58,7 @@ TRIED = {
     "labels": "which tensors the loss compares outputs with",
     "columns": "whether each column of the input has an effect",
     "slope": "whether the loss has a slope at all",
+    "recut": "whether a reshape gives an axis another place",
     "share_of_constant": "the loss with equal outputs for all samples",
 }
 """What a report says of a change that could not be tried."""
@@ -83,7 +87,9 @@ class Probes:
         plunges: the loss as it is, and with the outputs a little and far down its gradient, where it has no minimum.
         without_effect: the inputs that can be exchanged between samples without any effect on the loss; of none that
             has one, those whose NaN do not arrive.
-        ignores_order: whether the output stays when the positions of a sequence change places.
+        idle: a half of an input's positions or columns that has no effect.
+        idle_targets: what of the batch neither the model nor the loss takes, where parameters get no gradient.
+        ignores_order: whether the output stays, or changes places too, when the positions of a sequence change places.
         supervision: what the loss does wrong with its labels.
         column: of the outputs, one without a gradient that the loss depends on, and how many there are.
         silent: how many terms have no gradient though they depend on the parameters, of how many, and the first's mean.
@@ -98,6 +104,7 @@ class Probes:
         labels: the tensors that the model is not given, and with which alone an output is compared.
         columns: of an input of few columns, its name, those without an effect, and how many there are.
         slope: the largest sum of its gradients by outputs, as they are and drawn.
+        recut: a reshape that gives an axis another place.
         share_of_constant: the loss over that with the same output for all samples.
     """
 
@@ -108,6 +115,8 @@ class Probes:
     falls: tuple[float, float, float] | None = None
     plunges: tuple[float, float, float] | None = None
     without_effect: Unused = field(default_factory=lambda: Unused(()))
+    idle: Idle | None = None
+    idle_targets: tuple[str, ...] = ()
     ignores_order: bool = False
     supervision: Supervision | None = None
     column: tuple[int, int] | None = None
@@ -123,6 +132,7 @@ class Probes:
     labels: tuple[str, ...] = ()
     columns: tuple[str, tuple[int, ...], int] | None = None
     slope: float | None = None
+    recut: Recut | None = None
     share_of_constant: float | None = None
 
 
@@ -222,8 +232,8 @@ def _cut(asked: Asked) -> tuple[int, int, str] | None:
     other = x.clone()
     other[:, silent] = x.roll(1, 0)[:, silent]
     with torch.no_grad():
-        one, two = (_outputs(asked, b) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
-    if one is None or two is None or _are_equal(one, two):
+        one, two = (outputs_of(asked, b) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
+    if one is None or two is None or are_equal(one, two):
         return None
     return num, x.shape[1], name
 
@@ -245,10 +255,10 @@ def _is_affine(asked: Asked) -> bool | None:
     mixture = 0.3 * x + 0.7 * x.roll(1, 0)
     with torch.no_grad():
         whole = asked.replay.single
-        mixed = _outputs(asked, mapped(asked.batch, lambda t: mixture if t is x else t))
+        mixed = outputs_of(asked, mapped(asked.batch, lambda t: mixture if t is x else t))
     if whole is None or mixed is None or whole.ndim < 1 or len(whole) != len(x):
         return None
-    return _are_equal(mixed, 0.3 * whole + 0.7 * whole.roll(1, 0))
+    return are_equal(mixed, 0.3 * whole + 0.7 * whole.roll(1, 0))
 
 
 def _sum_over(asked: Asked) -> int | None:
@@ -262,35 +272,9 @@ def _sum_over(asked: Asked) -> int | None:
     return num if both_count and abs(one + two - whole) < SUM * abs(whole) else 0
 
 
-def _ignores_order(asked: Asked) -> bool | None:
-    """Whether tokens, vectors of a sequence or patches may change places, padding with them."""
-    seen, x = asked.seen, main_input(asked.batch)
-    fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
-    other = in_another_order(asked.model, seen, x) if len(fed) == 1 and len(x) > 1 else None
-    if other is None:
-        return None
-    with torch.no_grad():
-        one, two = asked.replay.single, _outputs(asked, mapped(asked.batch, lambda t: other if t is x else t))
-    if one is None or two is None or one.ndim != 2 or len(one) != len(x) or bool((other == x).all()):
-        return None
-    return _are_equal(one, two)
-
-
 _PROBES = (
-    _unlinked, _cut, _is_affine, _sum_over, falls, plunges, without_effect, _ignores_order, against_labels,
-    silent_columns,
-    silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, along_outputs,
-    along_choices, compared_rows, pulled_apart, label_names, without_columns,
-    largest_slope, constant_loss,
+    _unlinked, _cut, _is_affine, _sum_over, falls, plunges, without_effect, idle_half, idle_targets, ignores_order,
+    against_labels, silent_columns, silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding,
+    along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope, recut,
+    constant_loss,
 )  # fmt: skip
-
-
-def _outputs(asked: Asked, batch: Any) -> Tensor | None:
-    """What the model gives, where it is called once."""
-    return Replay(asked.model, batch, asked.objective).single
-
-
-def _are_equal(one: Tensor, two: Tensor) -> bool:
-    """Whether two outputs are equal, up to rounding and beside what differs between samples."""
-    between = float((one - one.mean(0)).abs().amax()) if len(one) > 1 else 0.0
-    return one.shape == two.shape and between > 0 and float((one - two).abs().amax()) <= EQUAL * between

@@ -17,11 +17,13 @@ from gramian.objective import Objective
 from gramian.recording.hooks import hooks
 from gramian.recording.keeping import seed_torch
 
-__all__ = ["Asked", "Replay", "loss_of"]
+__all__ = ["Asked", "Replay", "are_equal", "loss_of", "outputs_of"]
 
 _KNOWN = (Tensor, tuple, list, dict)
 # Samples that are enough for a property of the loss.
 ENOUGH = 16
+# Outputs that differ by less than this share of what differs between samples are equal up to rounding.
+EQUAL = 1e-4
 
 
 @dataclass
@@ -75,6 +77,17 @@ def _run(model: nn.Module, batch: Any, objective: Objective) -> Tensor:
     with torch.enable_grad():  # a loss may differentiate on its way
         total, units = objective.loss(model, batch)
     return total / units
+
+
+def outputs_of(asked: Asked, batch: Any) -> Tensor | None:
+    """What the model gives for a batch, where it is called once."""
+    return Replay(asked.model, batch, asked.objective).single
+
+
+def are_equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two outputs are equal, up to rounding and beside what differs between samples."""
+    between = float((one - one.mean(0)).abs().amax()) if len(one) > 1 else 0.0
+    return one.shape == two.shape and between > 0 and float((one - two).abs().amax()) <= EQUAL * between
 
 
 class Replay:

@@ -134,11 +134,14 @@ def scalar_terms(run: Callable[[], Tensor]) -> list[tuple[float, float]]:
         return [(f, float(node.value.detach())) for f, node in terms.leaves(total, are_scalars=True)]
 
 
-def _terms(model: nn.Module, batch: Any, objective: Objective, *, are_scalars: bool = False) -> list[_Node]:
+def _terms(
+    model: nn.Module, batch: Any, objective: Objective, *, are_scalars: bool = False
+) -> list[tuple[float, Tensor]]:
+    """The terms of the loss of a batch, each with its factor."""
     seed_torch(0)
     with Terms() as terms, torch.enable_grad():
         total, _ = objective.loss(model, batch)
-        return [node for _, node in terms.leaves(total, are_scalars=are_scalars)]
+        return [(factor, node.value) for factor, node in terms.leaves(total, are_scalars=are_scalars)]
 
 
 def silent_terms(asked: Asked) -> tuple[int, int, float] | None:
@@ -175,7 +178,7 @@ def silent_terms(asked: Asked) -> tuple[int, int, float] | None:
                 p.copy_(value)
     if len(again) != len(terms):
         return None
-    pairs = ((terms[i].value, again[i].value.detach()) for i in silent)
+    pairs = ((terms[i].value, again[i][1].detach()) for i in silent)
     moved = [a for a, b in pairs if float((b - a).abs().max()) > CHANGED * float(a.abs().max() + 1e-12)]
     return (len(moved), len(terms), float(moved[0].float().mean())) if moved else None
 
@@ -232,7 +235,8 @@ def mixed_terms(asked: Asked) -> Mixed | None:
         return "sum" if is_sum else "mean" if is_mean else ""
 
     halves = (slice(0, ENOUGH // 2), slice(ENOUGH // 2, ENOUGH))
-    runs = [[v for _, v in scalar_terms(asked.of_part(rows))] for rows in (slice(0, ENOUGH), *halves)]
+    # Each with its factor, which makes a mean of a sum where it is one over how many count in the batch.
+    runs = [[f * v for f, v in scalar_terms(asked.of_part(rows))] for rows in (slice(0, ENOUGH), *halves)]
     if len({len(run) for run in runs}) > 1:
         return None
     found = [kind(*values) for values in zip(*runs, strict=True)]
@@ -244,7 +248,7 @@ def mixed_terms(asked: Asked) -> Mixed | None:
     parameters = [p for p in asked.model.parameters() if p.requires_grad]
 
     def size(kind: str) -> float:
-        chosen = [t.value for t, k in zip(terms, found, strict=True) if k == kind and t.value.requires_grad]
+        chosen = [f * t for (f, t), k in zip(terms, found, strict=True) if k == kind and t.requires_grad]
         if not chosen:
             return 0.0
         grads = torch.autograd.grad(torch.stack(chosen).sum(), parameters, retain_graph=True, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Inputs, and columns of an input, that have no effect."""
+"""Inputs that have no effect: whole ones, and half of the positions of a sequence or of the columns of a table."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gramian.batch import first_samples, mapped
 from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
-from gramian.inspection.passes.given import Given, given_of, key
+from gramian.inspection.experiments.unzeroed import unzeroed
+from gramian.inspection.passes.given import Given, given_of, key, taken_of
 
-__all__ = ["Unused", "without_columns", "without_effect"]
+__all__ = ["Idle", "Unused", "idle_half", "idle_targets", "without_columns", "without_effect"]
 
-# Samples that are enough for a property of the model, and columns of an input that are tried one by one.
-ENOUGH, COLUMNS = 8, 8
+# Samples that are enough for a property of the model.
+ENOUGH = 8
+# Columns of an input that are tried one by one.
+COLUMNS = 8
+# Samples that must differ from their neighbors in a half of an input.
+FEW = 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,22 @@ class Unused:
     hides_others: bool = False
 
 
+@dataclass(frozen=True)
+class Idle:
+    """A half of an input's second dimension that has no effect.
+
+    Attributes:
+        name: of the input, as Python reads it off a batch.
+        start, stop: which of its entries along the second dimension.
+        length: how many there are.
+    """
+
+    name: str
+    start: int
+    stop: int
+    length: int
+
+
 def without_effect(asked: Asked) -> Unused | None:
     """The inputs of which each sample can be given another's, and the loss stays the same to the last bit.
 
@@ -41,9 +63,9 @@ def without_effect(asked: Asked) -> Unused | None:
     Args:
         asked: the model, left as it was, and its loss.
 
-    Returns: an `Unused`; `None` where there is one input.
+    Returns: an `Unused`; `None` where all have an effect, or there is one input.
     Raises: what the model raises.
-    Cost: up to three forward passes of 8 samples for each input; as many again where one has no effect.
+    Cost: up to three passes of 8 samples for each input; as many again where one has no effect.
     Source: this library's own.
     """
     model, seen, objective = asked.model, asked.seen, asked.objective
@@ -71,16 +93,9 @@ def without_effect(asked: Asked) -> Unused | None:
 
     with torch.no_grad():
         inputs = silent(given)
-        zeros = [p for p in model.parameters() if p.numel() and not bool(p.any())] if inputs else []
-        if zeros:  # by which what an input makes may be multiplied until the first step
-            generator = torch.Generator().manual_seed(0)
-            try:
-                for p in zeros:
-                    p.copy_(torch.randn(p.shape, generator=generator) / 10)
-                inputs = silent(inputs)
-            finally:
-                for p in zeros:
-                    p.zero_()
+        if inputs:
+            with unzeroed(model) as are_others:
+                inputs = silent(inputs) if are_others else inputs
         hides_others = len(inputs) == len(given)
         if hides_others:  # the output is one number: of what is used, NaN still arrives
             floats = [g.values[0] for g in inputs if g.values[0].is_floating_point()]
@@ -89,6 +104,82 @@ def without_effect(asked: Asked) -> Unused | None:
             unused = {id(x) for x, arrives in zip(floats, arrive, strict=True) if not arrives}
             inputs = [g for g in inputs if id(g.values[0]) in unused] if len(floats) == len(given) else inputs
     return Unused(tuple(one.name for one in inputs), hides_others) if len(inputs) < len(given) else None
+
+
+def idle_half(asked: Asked) -> Idle | None:
+    """The half of an input's second dimension that the samples can exchange, and no output changes by a bit.
+
+    The other half must have an effect, so that not all is hidden by what comes behind; and so it must be with other
+    values in place of the parameters that are zero.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: an `Idle` for the first such input, or `None`.
+    Raises: what the model raises.
+    Cost: two forward passes of 16 samples for each input, and two more where a half has no effect.
+    Source: this library's own.
+    """
+    fed = {one.name for one in taken_of(asked.seen.batches[0], asked.seen.fed)}
+    if not asked.replay.is_known or not asked.replay.outputs:
+        return None
+    for given in given_of([asked.batch], set(), set()):
+        x = given.values[0]
+        if given.name not in fed or x.ndim < 2 or x.shape[1] < 2 or len(x) < 2:
+            continue
+        half = x.shape[1] // 2
+        found = [span for span in ((0, half), (half, x.shape[1])) if _is_idle(asked, asked.replay, x, *span)]
+        if len(found) != 1:
+            continue
+        with unzeroed(asked.model) as are_others:
+            if are_others and not _is_idle(asked, Replay(asked.model, asked.batch, asked.objective), x, *found[0]):
+                continue
+        return Idle(given.name, *found[0], x.shape[1])
+    return None
+
+
+def _is_idle(asked: Asked, before: Replay, x: Tensor, start: int, stop: int) -> bool:
+    """Whether samples can get these entries from their neighbors without any effect, where enough differ.
+
+    Zeros may be what fills up, which has none.
+    """
+    other = x.clone()
+    other[:, start:stop] = x.roll(1, 0)[:, start:stop]
+    differ = (other != x).flatten(1).any(1) & x[:, start:stop].flatten(1).any(1)
+    if int(differ.sum()) < FEW:
+        return False
+    changed = mapped(asked.batch, lambda t: other if t is x else t)
+    after = Replay(asked.model, changed, asked.objective).outputs
+    return len(before.outputs) == len(after) and all(map(torch.equal, before.outputs, after))
+
+
+def idle_targets(asked: Asked) -> tuple[str, ...] | None:
+    """What of a batch neither the model nor the loss takes: with those of other samples, the loss stays as it is.
+
+    It is asked for where a parameter gets no gradient, to which it may belong.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: the names, as Python reads them off a batch; `None` where all parameters get a gradient.
+    Raises: what the loss raises.
+    Cost: one evaluation of the loss for each tensor that the model is not given.
+    Source: this library's own.
+    """
+    replay, seen = asked.replay, asked.seen
+    if None not in seen.gradients.values() or not replay.is_known or not replay.outputs:
+        return None
+    fed = {one.name for one in taken_of(seen.batches[0], seen.fed)}
+    found = []
+    for given in given_of([asked.batch], set(), set()):
+        y = given.values[0]
+        other = torch.cat((y[:1], y[:-1]))  # in another order, constant outputs would not see it
+        if given.name in fed or len(y) < 2 or bool((other == y).all()):
+            continue
+        changed = mapped(asked.batch, lambda t, y=y, other=other: other if t is y else t)
+        if float(replay.loss(replay.outputs, changed).detach()) == replay.here:
+            found.append(given.name)
+    return tuple(found)
 
 
 def without_columns(asked: Asked) -> tuple[str, tuple[int, ...], int] | None:

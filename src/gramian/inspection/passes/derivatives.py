@@ -13,7 +13,13 @@ from torch.autograd.graph import Node
 from gramian.batch import tensors
 from gramian.inspection.passes.following import Follower
 
-__all__ = ["first_infinite_derivative", "gradients_of"]
+__all__ = ["first_infinite_derivative", "first_zero_derivative", "gradients_of"]
+
+# Operations whose derivative is zero, everywhere or where values are at an end.
+_FLAT = frozenset((
+    "round", "sign", "sgn", "floor", "ceil", "trunc", "heaviside", "normal", "bernoulli", "clamp", "clamp_min",
+    "clamp_max", "hardtanh", "hardsigmoid", "minimum", "maximum",
+))  # fmt: skip
 
 
 def first_infinite_derivative(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[str, str] | None:
@@ -33,6 +39,35 @@ def first_infinite_derivative(model: nn.Module, forward: Callable[[], Tensor]) -
     >>> first_infinite_derivative(net, lambda: net(torch.zeros(1, 1)).sqrt().sum())
     ('loss', 'sqrt')
     """
+    return _first(model, forward, lambda operation, inward, outward: _all_finite(outward) and not _all_finite(inward))
+
+
+def first_zero_derivative(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[str, str] | None:
+    """Name the first operation of a backward pass that lets nothing of a gradient pass, as rounding does.
+
+    Args:
+        model, forward: as in `first_infinite_derivative`.
+
+    Returns: the module's name, or "loss", and the operation; `None` where no such operation does.
+    Raises: what `forward` raises.
+    Cost: as `first_infinite_derivative`.
+    Source: this library's own.
+
+    >>> net = nn.Sequential(nn.Linear(1, 1))
+    >>> first_zero_derivative(net, lambda: net(torch.ones(1, 1)).round().sum())
+    ('loss', 'round')
+    """
+    return _first(
+        model,
+        forward,
+        lambda operation, inward, outward: (
+            operation in _FLAT and any(t is not None for t in inward) and not _any(inward) and _any(outward)
+        ),
+    )
+
+
+def _first(model: nn.Module, forward: Callable[[], Tensor], is_it: Callable[..., bool]) -> tuple[str, str] | None:
+    """The first operation of a backward pass of which this is true, of its name and the gradients it gives and gets."""
     places = _Places(model)
     with torch.enable_grad(), places.installed():
         scalar = forward()
@@ -40,7 +75,9 @@ def first_infinite_derivative(model: nn.Module, forward: Callable[[], Tensor]) -
     if scalar.grad_fn is None or not parameters:
         return None
     found: list[tuple[str, str]] = []
-    hooks = [node.register_hook(_looker(place, node, found)) for node, place in _walked(scalar.grad_fn, places.made)]
+    hooks = [
+        node.register_hook(_looker(place, node, found, is_it)) for node, place in _walked(scalar.grad_fn, places.made)
+    ]
     try:
         torch.autograd.grad(scalar, parameters, allow_unused=True)
     finally:
@@ -118,12 +155,12 @@ def _walked(root: Node, made: Mapping[Node, str]) -> Iterator[tuple[Node, str]]:
                 waiting.append((parent, made.get(parent, place)))
 
 
-def _looker(place: str, node: Node, found: list[tuple[str, str]]) -> Callable:
+def _looker(place: str, node: Node, found: list[tuple[str, str]], is_it: Callable[..., bool]) -> Callable:
     name = re.sub(r"(Backward)?\d*$", "", node.name().rpartition("::")[2])
     operation = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
     def look(inward: tuple[Tensor | None, ...], outward: tuple[Tensor | None, ...]) -> None:
-        if not found and _all_finite(outward) and not _all_finite(inward):
+        if not found and is_it(operation, inward, outward):
             found.append((place, operation))
 
     return look
@@ -131,3 +168,7 @@ def _looker(place: str, node: Node, found: list[tuple[str, str]]) -> Callable:
 
 def _all_finite(values: tuple[Tensor | None, ...]) -> bool:
     return all(t is None or bool(t.isfinite().all()) for t in values)
+
+
+def _any(values: tuple[Tensor | None, ...]) -> bool:
+    return any(t is not None and bool(t.any()) for t in values)

@@ -15,6 +15,7 @@ __all__ = ["Draws"]
 # Functions that draw by their arguments, and those whose numbers have no parameters.
 _DRAWS = frozenset(("normal", "_standard_gamma", "_sample_dirichlet"))
 _NOISE = frozenset(("randn", "rand", "randn_like", "rand_like", "normal_", "uniform_"))
+_COMPARISONS = frozenset(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"))
 
 
 class Draws:
@@ -32,14 +33,22 @@ class Draws:
     def clear(self) -> None:
         """Lets all tensors go."""
         self.noise: dict[int, Tensor] = {}
+        self.fresh: dict[int, str] = {}  # of noise that nothing was made of, the function
         self.drawn: dict[int, tuple[Tensor, Draw]] = {}
 
-    def see(self, name: str, order: int, func: Callable, given: Sequence[Tensor], made: Tensor) -> None:
-        """Keeps what an operation in module `name` shows of draws."""
+    def see(
+        self, name: str, order: int, func: Callable, given: Sequence[Tensor], made: Tensor, *, is_loss: bool = False
+    ) -> None:
+        """Keeps what an operation in module `name`, or in the loss, shows of draws."""
         function = getattr(func, "__name__", "")
         if function in _NOISE:
             self.noise[id(made)] = made
+            self.fresh[id(made)] = function
             return
+        targets = [self.fresh.pop(id(t)) for t in given if id(t) in self.fresh]
+        compares = is_loss and (function in _COMPARISONS or func in DIFFERENCES | REVERSED)
+        if targets and compares and len(given) == 2 and any(t.requires_grad for t in given):
+            self.seen.drawn_target = self.seen.drawn_target or targets[0]
         is_random = function in _DRAWS or any(id(t) in self.noise for t in given)
         draws = [self.drawn[id(t)][1] for t in given if id(t) in self.drawn]
         others = [t for t in given if id(t) not in self.drawn and t.requires_grad]

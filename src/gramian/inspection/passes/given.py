@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gramian.batch import LABELS, WEIGHTS, fields
 
-__all__ = ["Given", "given_of", "key"]
+__all__ = ["Given", "Taken", "given_of", "key", "taken_of"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,61 @@ class Given:
     is_input: bool
     is_target: bool
     is_label: bool
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the model is called with of a tensor of a batch: all of it, or all but the last or first position.
+
+    Attributes:
+        name: of the tensor, as Python reads it off a batch.
+        whole: the tensor.
+        start, length: which positions.
+    """
+
+    name: str
+    whole: Tensor
+    start: int
+    length: int
+
+    @property
+    def values(self) -> Tensor:
+        """The positions that the model gets."""
+        return self.whole.narrow(1, self.start, self.length) if self.whole.ndim > 1 else self.whole
+
+    def with_values(self, values: Tensor) -> Tensor:
+        """The whole tensor with others in their place."""
+        if self.whole.ndim < 2:
+            return values
+        end = self.whole[:, self.start + self.length :]
+        return torch.cat((self.whole[:, : self.start], values, end), 1)
+
+
+def taken_of(batch: Any, fed: Collection[tuple[int, int]]) -> list[Taken]:
+    """The tensors of a batch with which the model was called, whole or but for a position at an end.
+
+    Args:
+        batch: of any form.
+        fed: keys of the tensors with which the model was called.
+
+    Returns: a list, without weights of samples.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+    """
+    found = []
+    for given in given_of([batch], set(fed), set()):
+        t = given.values[0]
+        length = t.shape[1] if t.ndim > 1 else 0
+        for one in (
+            Taken(given.name, t, 0, length),
+            Taken(given.name, t, 0, length - 1),
+            Taken(given.name, t, 1, length - 1),
+        ):
+            if (one.length > 0 or one.length == length) and key(one.values) in fed:
+                found.append(one)
+                break
+    return found
 
 
 def key(t: Tensor) -> tuple[int, int]:

@@ -59,6 +59,7 @@ class Heads:
         """Lets go of the pass's tensors."""
         self.scored: dict[int, Scored] = {}
         self.products: dict[int, Scored] = {}
+        self.scaled: dict[int, Scored] = {}
 
     def see(
         self, func: Callable, args: tuple, kwargs: Mapping[str, Any], given: Sequence[Tensor], made: Tensor
@@ -68,7 +69,9 @@ class Heads:
         if func in _LOSSES and before is not None:
             self._judge(before)
         elif (func is F.linear or func in _DOTS) and len(given) == 2 and made.ndim > 1:
-            self._keep(self.scored, Scored(made, (given[0], given[1])))
+            scaled = [self.scaled.get(id(t)) or Scored(t, (t,)) for t in given]
+            operands = tuple(t for one in scaled for t in one.operands)
+            self._keep(self.scored, Scored(made, operands, scaled[0].scale * scaled[1].scale))
         elif func in _COSINES and made.ndim > 1:
             self._keep(self.scored, Scored(made, ()))
         elif func in _TIMES and len(given) == 2 and before is None and made.ndim > 2:
@@ -82,11 +85,12 @@ class Heads:
                 self._keep(self.scored, Scored(made, operands, parts[0].scale))
         elif before is not None and func in _MOVES:
             self._keep(self.scored, replace(before, values=made))
-        elif before is not None and func in _TIMES | _OVER and len(args) == 2:
-            factor = _number(args[1])
-            if factor:
-                scale = before.scale * (factor if func in _TIMES else 1 / factor)
-                self._keep(self.scored, replace(before, values=made, scale=scale))
+        elif func in _TIMES | _OVER and len(args) == 2 and (factor := _number(args[1])):
+            factor = factor if func in _TIMES else 1 / factor
+            if before is not None:
+                self._keep(self.scored, replace(before, values=made, scale=before.scale * factor))
+            elif made.ndim > 1:  # one of the vectors, before their product
+                self._keep(self.scaled, Scored(made, (given[0],), factor))
 
     def _keep(self, kept: dict[int, Scored], scored: Scored) -> None:
         kept[id(scored.values)] = scored

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.inspection.experiments.bootstrapping import is_bootstrapped
+from gramian.inspection.passes.labeled import see_labels
 from gramian.inspection.passes.observed import Broadcast, Criterion, Ends, Observed
 
 __all__ = ["VALUES", "ends_of", "labels_range", "see_loss", "see_pull"]
@@ -42,13 +43,16 @@ _ENDS: dict[Callable, tuple[str, float, float]] = {
 _CLAMPS = {torch.clamp, Tensor.clamp, Tensor.clip, torch.clip}
 
 
-def see_loss(seen: Observed, inside: str, func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+def see_loss(
+    seen: Observed, inside: str, func: Callable, args: tuple, kwargs: Mapping[str, Any], ends: Ends | None = None
+) -> None:
     """Adds what a call of a loss is given; called before it, since it may refuse that.
 
     Args:
         seen: gets it.
         inside: name of the module in which the call is; empty in the model itself and outside.
         func, args, kwargs: the call.
+        ends: of the function that made its first argument.
     """
     name = _name_of(func)
     if name:
@@ -63,7 +67,9 @@ def see_loss(seen: Observed, inside: str, func: Callable, args: tuple, kwargs: M
             seen.bootstrapped = seen.bootstrapped or is_bootstrapped(scores, target)
         if func is F.kl_div and _argument(args, kwargs, 5, "log_target"):
             target = target.exp()
-        _keep(seen, name, scores, target, _argument(args, kwargs, 2, "weight") if func in _CLASSES else None)
+        _keep(seen, name, scores, target, ends, _argument(args, kwargs, 2, "weight") if func in _CLASSES else None)
+        if func in _CLASSES and scores.requires_grad and not target.is_floating_point():
+            see_labels(seen, scores, target, is_log=func is F.nll_loss)
         if func is F.cross_entropy and seen.logits is None:
             seen.logits = _rows_of_scores(scores)
     elif inside:
@@ -128,9 +134,11 @@ def _name_of(func: Callable) -> str | None:
     return _CLASSES.get(func) or _BINARY.get(func) or _VALUES.get(func) or _LOG_PROBABILITIES.get(func)
 
 
-def _keep(seen: Observed, function: str, given: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+def _keep(
+    seen: Observed, function: str, given: Tensor, target: Tensor, ends: Ends | None = None, weight: Tensor | None = None
+) -> None:
     if all(one.function != function for one in seen.criteria):
-        seen.criteria.append(Criterion(function, given.detach(), target.detach(), weight))
+        seen.criteria.append(Criterion(function, given.detach(), target.detach(), ends, weight))
 
 
 def _broadcast(seen: Observed, function: str, left: Tensor, right: Tensor) -> None:

@@ -181,12 +181,28 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """A function, and the ends between which its values are."""
+
+    function: str
+    low: float
+    high: float
+    size: int = 0  # of a softmax: over how many values
+
+
+@dataclass(frozen=True)
 class Criterion:
-    """A loss of torch, by its function's name, what it was applied to first, and its weights of the classes."""
+    """A loss of torch, by its function's name, and what it was applied to first.
+
+    Attributes:
+        ends: of the function that made what it is given, where that has some.
+        weight: of the classes.
+    """
 
     function: str
     given: Tensor
     target: Tensor
+    ends: Ends | None = None
     weight: Tensor | None = None
 
 
@@ -225,16 +241,6 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Ends:
-    """A function, and the ends between which its values are."""
-
-    function: str
-    low: float
-    high: float
-    size: int = 0  # of a softmax: over how many values
-
-
-@dataclass(frozen=True)
 class Cut:
     """An operation whose input needs a gradient and whose output does not."""
 
@@ -268,6 +274,8 @@ class Observed:
     Attributes:
         calls, activations, attentions, additions, gates, cuts: in the order of the forward pass of the first batch.
         draws: what is drawn without a gradient.
+        drawn_target: the function that drew what the loss compares an output with, where nothing else was made of it.
+        stopped: where a parameter's gradient is exactly zero, module and operation whose derivative is zero everywhere.
         routings: softmaxes over what a matrix gives.
         added: names of parameters that are added to something.
         multiplied, by_entry: names of parameters whose values a product takes as a matrix, and of those that meet
@@ -304,6 +312,10 @@ class Observed:
         error: what the loss raised, where the labels explain it; then nothing else was watched.
         branch_ends: modules whose output is an operand of a residual addition.
         needs_gradient: whether the loss does.
+        ungraded_labels: classes of the first cross-entropy's targets no unit of which has a gradient: how many units
+            there are, how many dimensions the targets have, and the units' mean loss.
+        zero_derivatives: which of the derivatives that the loss takes on its way are zero everywhere, of one of its own
+            outputs or of another derivative, counted from 1.
         strangers: by id, the module and shape of each parameter that is used in the model and is not one of its own.
         is_narrow: whether a module computed in float16 or bfloat16.
         image_sizes: height and width of the input of each module that takes images, where it is called first.
@@ -322,6 +334,8 @@ class Observed:
     by_entry: set[str] = field(default_factory=set)
     gates: list[Gate] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
+    drawn_target: str = ""
+    stopped: tuple[str, str] | None = None
     routings: list[Routing] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     gradients: dict[str, float | None] = field(default_factory=dict)
@@ -353,6 +367,8 @@ class Observed:
     first_infinite_derivative: tuple[str, str] | None = None
     branch_ends: set[str] = field(default_factory=set)
     needs_gradient: bool = True
+    ungraded_labels: dict[int, tuple[int, int, float]] = field(default_factory=dict)
+    zero_derivatives: tuple[int, ...] = ()
     strangers: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     is_narrow: bool = False
     image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)

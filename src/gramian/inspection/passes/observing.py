@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.alignment import labels_of
-from gramian.inspection.passes.derivatives import first_infinite_derivative, gradients_of
+from gramian.inspection.passes.derivatives import first_infinite_derivative, first_zero_derivative, gradients_of
 from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.losses import labels_range
 from gramian.inspection.passes.moments import version
@@ -80,6 +80,8 @@ def observe(
             seen.first_infinite_derivative = first_infinite_derivative(
                 model, lambda: torch.stack([objective.loss(model, batch)[0] for batch in seen.batches]).sum()
             )
+        elif any(g == 0.0 and parameters[n].ndim > 1 for n, g in seen.gradients.items()):
+            seen.stopped = first_zero_derivative(model, lambda: objective.loss(model, seen.batches[0])[0])
     return seen
 
 

@@ -38,6 +38,14 @@ MOST_CUTS, MOST_STEPS = 64, 4
 _MASKING = {torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_, torch.where, Tensor.where}
 
 
+# What gives some of the values, or all in another shape.
+_SELECTIONS = {
+    Tensor.__getitem__, Tensor.gather, torch.gather, Tensor.squeeze, torch.squeeze, Tensor.unsqueeze, torch.unsqueeze,
+    Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.index_select, torch.index_select,
+    Tensor.select, Tensor.take_along_dim, torch.take_along_dim,
+}  # fmt: skip
+
+
 class Watcher(Follower):
     """Adds what it sees of a forward pass to an `Observed`; with `careful`, it looks for the first non-finite value.
 
@@ -51,6 +59,7 @@ class Watcher(Follower):
         self.order = 0
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.ended: tuple[Tensor, Ends] | None = None  # the last output whose values have ends
+        self.bounded: dict[int, Ends] = {}  # of values of which some or all are an output with ends
         self.is_elsewhere = False  # whether the last parameter used outside the model is another network's
         held = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
         self.held = {id(t) for t in held if t.is_leaf and t.requires_grad and id(t) not in self.names}
@@ -59,6 +68,7 @@ class Watcher(Follower):
         self.draws = Draws(seen, self.names)
         self.operations = Operations(seen, self.names, self._read, self._squares, live=live)
         self.alive: dict[int, ref[Tensor]] = {}  # what tables know by its id
+        self.num_derivatives = 0
         self.strange: list[Tensor] = []  # kept, so that no id is used twice
         self.first_non_finite: tuple[str, str] | None = None
 
@@ -74,6 +84,7 @@ class Watcher(Follower):
                 yield self
         finally:
             self.alive.clear()
+            self.bounded.clear()
             self.measured.clear()
             self.strange.clear()
             self.raw.clear()
@@ -147,7 +158,7 @@ class Watcher(Follower):
         """Keeps what is known of a tensor by its id for as long as there is the tensor."""
 
         def forget(_: object, key: int = id(t)) -> None:
-            for table in (self.alive, self.measured, self.operations.made_by):
+            for table in (self.alive, self.measured, self.bounded, self.operations.made_by):
                 table.pop(key, None)
 
         if id(t) not in self.alive:
@@ -204,7 +215,7 @@ class Watcher(Follower):
             if func is F.binary_cross_entropy_with_logits:
                 self._see_ends(args[0] if args else kwargs.get("input"))
             with torch._C.DisableTorchFunction():
-                see_loss(self.seen, self.place, func, args, kwargs)
+                see_loss(self.seen, self.place, func, args, kwargs, self.bounded.get(id(args[0])) if args else None)
         given = (*args, *kwargs.values()) if self.careful and self.first_non_finite is None else None
         output = func(*args, **kwargs)
         name = self.place
@@ -245,14 +256,21 @@ class Watcher(Follower):
         if not self.live:
             self.raw.follow(self.seen, name, func, args, given, output)
         made = output if isinstance(output, Tensor) else None
+        if func is torch.autograd.grad:
+            self._differentiated(kwargs, output)
         if made is None:
             self.operations.gating.divided(func, given, output)
             return
         if not self.live:
-            self.draws.see(name, self.order, func, given, made)
+            self.draws.see(name, self.order, func, given, made, is_loss=not self.stack)
         ends = ends_of(func, args, kwargs)
         if ends is not None:
             self.ended = (made, ends)
+        elif func in _SELECTIONS and given:
+            ends = self.bounded.get(id(given[0]))
+        if ends is not None and not self.live:
+            self.bounded[id(made)] = ends
+            self._know(made)
         if not made.requires_grad and made.ndim and any(t.requires_grad for t in given):
             self._cut(name, getattr(func, "__name__", str(func)), given)
         if made.is_nested or any(t.is_nested for t in given):
@@ -261,6 +279,12 @@ class Watcher(Follower):
             self.operations.see(name, self.order, func, args, kwargs, given, made)
         elif not self.live:
             self.operations.heads.see(func, args, kwargs, given, made)
+
+    def _differentiated(self, kwargs: Mapping[str, Any], found: Any) -> None:
+        """Keeps which of the derivatives, of those that are to be differentiated again, is zero everywhere."""
+        self.num_derivatives += 1
+        if kwargs.get("create_graph") and all(t is None or not bool(t.any()) for t in found):
+            self.seen.zero_derivatives += (self.num_derivatives,)
 
     def _use(self, values: Iterable[Any]) -> None:
         for t in tensors_of(values):
