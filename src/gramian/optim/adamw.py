@@ -114,7 +114,7 @@ class _Lot(NamedTuple):
             for p, known, mean, square, count, usual in kept
         )
 
-    def step(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor]) -> None:
+    def step(self, groups: Sequence[Mapping[str, Any]], grads: list[Tensor]) -> None:
         """A step with these gradients, this rank's part of each."""
         self.steps.add_(1)
         parts = [self.params, self.means, self.squares]
@@ -126,9 +126,9 @@ class _Lot(NamedTuple):
                 continue
             # The fused step goes through memory and ignores strides: what is not contiguous is stepped as a copy, and
             # one by one, since such parameters may share memory.
-            for p, *others in zip(*members, strict=True):
+            for p, grad, mean, square, count in zip(*members, strict=True):
                 copied = p.contiguous()
-                _fused([copied], *([x] for x in others), groups[number])
+                _fused([copied], [grad], [mean], [square], [count], groups[number])
                 if copied is not p:
                     p.copy_(copied)
 
@@ -181,11 +181,11 @@ def _usual_of(p: Tensor, known: Mapping[str, Any]) -> Tensor:
 
 
 def _fused(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    means: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    counts: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    counts: list[Tensor],
     group: Mapping[str, Any],
 ) -> None:
     """torch's kernel itself: its function around it takes several times as long for small parameters."""

@@ -11,8 +11,6 @@ AdamW's second moments, which step what is no hidden matrix, would keep the squa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -47,7 +45,7 @@ def limit_(g: Tensor, state: State) -> None:
         g.mul_(_share(ratio))
 
 
-def limited(grads: Sequence[Tensor], sizes: Tensor, usual: Tensor) -> Sequence[Tensor]:
+def limited(grads: list[Tensor], sizes: Tensor, usual: Tensor) -> list[Tensor]:
     """The gradients, each scaled down where its size (P,) is more than ten times the usual (P,).
 
     Those of the user stay as they are, and nothing is copied where nothing is larger. The usual sizes follow in place.

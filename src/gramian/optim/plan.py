@@ -52,9 +52,9 @@ class Plan:
     @property
     def grads(self) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients of the matrices, and of the rest."""
-        found = {kind: [p.grad for p in params] for kind, params in self.stepped.items()}
-        matrices = found.pop("matrix", [])
-        return matrices, sum(found.values(), [])  # type: ignore[return-value]
+        matrices = [p.grad for p in self.stepped.get("matrix", [])]
+        rest = [p.grad for kind, params in self.stepped.items() if kind != "matrix" for p in params]
+        return matrices, rest  # type: ignore[return-value]
 
     def rest_groups(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What AdamW steps of the group now."""

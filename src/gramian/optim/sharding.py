@@ -19,7 +19,7 @@ from gramian.placement.shards import spread_of
 __all__ = ["Sharding", "finite_norms", "not_finite", "whole_norms"]
 
 
-def finite_norms(grads: Sequence[Tensor]) -> Tensor | None:
+def finite_norms(grads: list[Tensor]) -> Tensor | None:
     """The norm of each gradient, (P,), if these show that all of them and their squares are finite.
 
     Where it is `None`, `not_finite` tells which are not, if any: it asks the other ranks too, and a GPU without

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from gramian.optim.plan import Plan
 from gramian.optim.recipe import StepContext
 from gramian.optim.refresh import due, stagger
 from gramian.optim.saved import Saved
+from gramian.optim.scaling import step_length
 from gramian.optim.sharding import finite_norms, not_finite
 from gramian.optim.stacks import Stack, alike
 from gramian.rows import NamedRows
@@ -235,7 +235,7 @@ class MatrixOptimizer(Saved):
         """The s of each matrix, (K, 1, 1)."""
         given = group["scale"], group["num_matrices"]
         if stack.scaled_for != given:
-            values = [_scale(r.matrices, *given) for r in stack.routes]
+            values = [step_length(r.matrices, *given) for r in stack.routes]
             stack.scaled_for = given
             stack.scales = stack.repeated(torch.tensor(values, dtype=stack.dtype, device=stack.device))
         return stack.scales
@@ -286,11 +286,6 @@ class MatrixOptimizer(Saved):
             if p in groups:
                 rows[r.name] |= measure(self.state.get(p, {}), self.recipe, groups[p], detail)
         return rows
-
-
-def _scale(shape: Sequence[int], scale: str, num_matrices: int) -> float:
-    m, n = shape[-2:]
-    return math.sqrt(m / n) / num_matrices if scale == "spectral" else 0.2 * math.sqrt(max(m, n))
 
 
 def _bad(

@@ -67,7 +67,8 @@ class Stack:
         self.scales = self.alive = torch.ones(self.shape[0], 1, 1, dtype=self.dtype, device=self.device)
         self.in_order = all(r.layout is not None and r.layout.is_reshape for r in routes)
         self.is_plain = not any(hasattr(r.parameter, "placements") for r in routes)
-        self._buffer, self._shaped = self.alive, [self.alive]  # memory for the gradients, and it in parameters' shapes
+        self._buffer: Tensor | None = None  # the memory for the gradients, and views of it in the parameters' shapes
+        self._shaped: list[Tensor] = []
         self.fresh = torch.zeros(self.shape[0], dtype=torch.bool)
         self.phases = torch.zeros(self.shape[0], dtype=torch.long)  # the step of a cycle in which each matrix is due
         for name, buffer in self.state.items():
@@ -113,16 +114,16 @@ class Stack:
 
     def _scratch(self) -> Tensor:
         found = scratch("stack", self.shape, self.dtype, self.alive)
-        if found is not self._buffer and is_kept(found):
-            self._buffer, self._shaped = found, self._as_params(found)
+        if self.in_order and found is not self._buffer and is_kept(found):
+            self._shaped = self._as_params(found)
+            self._buffer = found
         return found
 
     def _as_params(self, x: Tensor) -> list[Tensor]:
-        """Matrices (K, m, n) as views of each parameter's shape, where they are `in_order`."""
+        """Matrices (K, m, n) that are `in_order` as views of each parameter's shape."""
         if x is self._buffer:
             return self._shaped
-        parts = zip(self.params, x.split(self.counts), strict=True)
-        return [part.view(p.shape) for p, part in parts] if self.in_order else []
+        return [part.view(p.shape) for p, part in zip(self.params, x.split(self.counts), strict=True)]
 
     def unstacked(self, matrices: Tensor) -> list[Tensor]:
         """Matrices (K, m, n) as one tensor for each parameter, of its shape; views where layouts allow."""

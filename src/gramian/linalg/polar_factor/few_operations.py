@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg.engine.precision import full_products, without_autocast
-from gramian.linalg.engine.scaling import unit_peak
+from gramian.linalg.engine.scaling import peak
 from gramian.linalg.engine.workspace import scratch
 from gramian.linalg.polar_factor.few_passes import NORMAL, PAIRED_FROM
 from gramian.linalg.polar_factor.newton_schulz import SAFETY, composed
@@ -74,12 +74,13 @@ def _polar(coefficients: Sequence[Sequence[float]], x: Tensor, out: Tensor) -> N
     ys = [scratch(f"few operations: {name}", shape, torch.float32, x) for name in ("x", "y")]
     y = x if x.dtype == torch.float32 else ys[1].copy_(x)
     norm = torch.linalg.vector_norm(_gram(y, gram, tall), dim=(-2, -1), keepdim=True)
-    if x.device.type == "cpu" and all(NORMAL[0] < value < NORMAL[1] for value in norm.flatten().tolist()):
-        scale = norm.reciprocal_().mul_(SAFETY**-2)
-    else:
-        y = unit_peak(x, torch.float32)
+    if x.device.type != "cpu" or not all(NORMAL[0] < value < NORMAL[1] for value in norm.flatten().tolist()):
+        is_normal = (norm > NORMAL[0]) & (norm < NORMAL[1])  # a matrix stays as it is, whatever its neighbors are
+        size = peak(x, (-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)
+        y = torch.where(is_normal, x, x / size).float()
         norm = torch.linalg.vector_norm(_gram(y, gram, tall), dim=(-2, -1), keepdim=True)
-        scale = torch.where(norm > 0, SAFETY**-2 / norm, 0.0)
+        norm.masked_fill_(norm == 0, torch.inf)
+    scale = norm.reciprocal_().mul_(SAFETY**-2)
     gram.mul_(scale)
     y = torch.mul(y, scale.sqrt_(), out=ys[0])
     for i, c in enumerate(coefficients):
