@@ -86,7 +86,8 @@ def write_tutorials(folder: Path) -> None:
                 [sys.executable, str(script), "--out", str(folder)], capture_output=True, text=True, check=True
             )
             output.write_text(run.stdout.replace(f"{folder}/", ""), encoding="utf-8")
-        lines = [f"# {title}", "", text.strip(), "", "## The picture", "", f"![{title}]({name}.png)", ""]
+        lines = [f"# {title}", "", text.strip(), "", "## The picture", ""]
+        lines += [f"```{{image}} {name}.png", f":alt: {title}", ":class: drawn", "```", ""]
         lines += ["## The code", "", "```{literalinclude} ../../examples/" + name + ".py", "```", ""]
         lines += ["## What it prints", "", "```{literalinclude} " + output.name, ":language: text", "```", ""]
         _write(folder / f"{name}.md", "\n".join(lines))

@@ -39,7 +39,7 @@ def write_twins(file: Path) -> None:
     """A plain network of 50 layers as PyTorch initializes it, and the same after the repair and 150 steps."""
     task = tasks.digits(depth=50)
     before = gm.inspect(task.model(), task.batches(), task.objective)
-    run = gm.train(task, init="isometric", optimizer="muon", steps=150)
+    run = gm.train(task, init="isometric", optimizer="muon", lr=0.05, steps=150)
     after = gm.inspect(run.model, task.batches(), task.objective)
     verdict = f"Before: {before.outcome} After: {after.outcome.partition(' Looked at')[0]}"
     sections = report.compare(before, after)
@@ -57,8 +57,8 @@ def write_run(folder: Path, run_file: Path, model_file: Path) -> None:
 
 def write_compression(folder: Path, file: Path) -> None:
     """The network of the demo, made smaller until it loses half a per cent of accuracy."""
-    call(folder, "train digits --steps 150 --out digits --quiet")
-    call(folder, "compress digits --task digits --max-drop 0.005 --out small --quiet")
+    call(folder, "train digits --lr 0.05 --steps 150 --out trained --quiet")
+    call(folder, "compress trained --task digits --max-drop 0.005 --out small --quiet")
     shutil.copy(folder / "small" / "report.html", file)
 
 

@@ -226,6 +226,17 @@ def test_inspect_prints_and_writes(folder, capsys, name) -> None:
     assert "gramian:" not in err
 
 
+def test_train_writes_its_figures(folder, capsys) -> None:
+    code, *_ = run(capsys, "train", "task.py:task", "--steps", "3", "--compare", "adamw,sgd", "--json", "r.json", "-q")
+    assert code == 0
+    found = json.loads((folder / "r.json").read_text())
+    assert [(key, row["steps"], row["optimizer"]) for key, row in found["runs"].items()] == [
+        ("adamw", 3, "adamw"),
+        ("sgd", 3, "sgd"),
+    ]
+    assert found["runs"]["sgd"]["history"][-1]["step"] == 3
+
+
 @pytest.mark.parametrize("args", [["task.py:task"], ["good.safetensors", "--task", "task.py:task"]])
 def test_a_task_gives_the_signal_too(folder, capsys, args) -> None:
     code, out, _ = run(capsys, "inspect", *args)

@@ -80,6 +80,16 @@ def test_ten_classes_without_pictures(tmp_path, capsys) -> None:
     assert "Report:" in capsys.readouterr().out
 
 
+def test_runs_have_steps_unless_seconds_are_given() -> None:
+    given, deep, timed = demo.Story(100, 2, 0, None), demo.Story(1200, 2, 0, None), demo.Story(100, 2, 0, 12.0)
+    assert [given.budget("muon"), deep.budget("muon"), timed.budget("muon")] == [
+        {"steps": 350},
+        {"steps": 175},
+        {"seconds": 12.0},
+    ]
+    assert given.told_budget() == "1,050 steps of AdamW and 350 steps of Muon"
+
+
 def test_the_digits_are_split_by_seed() -> None:
     first, again, other = (tasks.Digits.load(seed=s) for s in (0, 0, 1))
     assert torch.equal(first.x_test, again.x_test)

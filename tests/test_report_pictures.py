@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gramian.errors import InputError
-from gramian.report import HeatMap, Picture, Series
+from gramian.report import Depth, Document, HeatMap, Lane, Picture, Section, Series
 from gramian.report.axes import make_axis, spread
 from gramian.report.canvas import drawing_settings
 from gramian.report.heatmaps import draw_heat_map, shared_scale
@@ -137,3 +137,27 @@ def test_a_thousand_layers_keep_the_picture_light():
 def test_a_series_of_unequal_lengths_is_refused():
     with pytest.raises(InputError, match="2 x and 1 y"):
         draw(Picture("p", [Series("s", [1, 2], [1])]))
+
+
+def test_pictures_are_given_as_figures_with_their_values(tmp_path):
+    lane = Lane("gain", [("before", "before", [1.0, None, 0.0]), ("after", "after", [2.0, 2.0, 2.0])], reference=1.0)
+    depth = Depth("by depth", ["a", "b", "c"], [lane, lane], culprits=[1])
+    styles = [Series(style, [1, 2], [3, 4], "auto", style) for style in STYLES]
+    picture = Picture("curves", styles, "x", "y", reference=(2.0, "ours"), log_y=True)
+    pair = (HeatMap("colors", [[1, 2], [0]], log=True), HeatMap("colors", [[1.0]]))
+    figures = Document("d", "v", sections=[Section("s", items=[depth, picture, pair, []])]).figures()
+    assert list(figures) == ["by depth", "curves", "colors", "colors (2)"]
+    top = figures["by depth"].axes[0]
+    np.testing.assert_array_equal(top.lines[0].get_ydata(), [1, math.nan, 0])
+    assert top.get_yscale() == "log"
+    assert figures["curves"].axes[0].get_legend_handles_labels()[1] == [
+        "line",
+        "points",
+        "dashed",
+        "area",
+        "ours",
+        "bars",
+    ]
+    assert figures["colors"].axes[0].images[0].get_array().count() == 2
+    for name, figure in figures.items():
+        figure.savefig(tmp_path / f"{name}.png", dpi=20)

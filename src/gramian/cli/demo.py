@@ -21,7 +21,8 @@ def command(
         "gramian-demo"
     ),
     seconds: Annotated[
-        float | None, typer.Option(help="Training time of each of the four runs. [default: 12 at depth 100]", min=0.1)
+        float | None,
+        typer.Option(help="Training time of each of the four runs, in place of steps.", min=0.1),
     ] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures in the report.")] = True,
     quiet: Quiet = False,
@@ -43,7 +44,7 @@ def command(
     steps = numbers["steps"]["isometric + muon"]
     console.print(f"  repaired and trained  {numbers['accuracy_trained']:7.1%}  in {steps} steps", highlight=False)
     if numbers["accuracy_trained"] < numbers["accuracy_logistic"]:
-        console.print("    too few for this depth: give each run more time with --seconds, or an idle machine")
+        console.print("    too few for this depth: give each run more time with --seconds")
     share = numbers["parameters_compressed"] / numbers["parameters"]
     console.print(f"  compressed to {share:4.0%}    {numbers['accuracy_compressed']:7.1%}", highlight=False)
     console.print(f"\nReport: {out / 'report.html'}", highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as as_json
 import math
 import os
 import traceback
@@ -145,6 +146,7 @@ def command(
         Path | None,
         typer.Option(parser=path, help="Write a report: curves, spectra before and after, and what went wrong."),
     ] = None,
+    json: Annotated[Path | None, typer.Option(parser=path, help="Write settings and figures as JSON.")] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Log to the folder tensorboard in --out too.")
     ] = False,
@@ -177,6 +179,11 @@ def command(
             "train: --compare names the optimizers, with their rates, as --compare adamw:lr=3e-3,sgd; leave out "
             "--optimizer, and --lr but for --lr auto"
         )
+    if json is not None:
+        from gramian import report
+
+        report.check_target(json, (".json",))
+        json = json.absolute()
     rate = _rate(lr)
     options = {"schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "ema": ema}
     options |= {"accumulate": accumulate, "precision": precision, "best": best, "patience": patience}
@@ -212,6 +219,11 @@ def command(
             display.show_comparison(runs)
         else:
             display.show(runs[optimizer], name, automatic=optimizer == "auto")
+    if first and json is not None:
+        from gramian import report
+
+        found = {"task": name, "runs": {key: run.to_dict() for key, run in runs.items()}}
+        report.write_text(json, as_json.dumps(found, indent=2) + "\n")
     if any(run.diverged for run in runs.values()):
         raise typer.Exit(1)
 

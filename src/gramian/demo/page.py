@@ -42,7 +42,7 @@ def document(story: Story, *, plots: bool = True) -> Document:
             Tile("Compressed", f"{story.accuracy_compressed:.1%}", f"{story.plan.parameters:,} parameters", "accent"),
         ],
         sections=sections,
-        footer=f"seed {story.seed} · {story.seconds_each:g} s of training for each run · "
+        footer=f"seed {story.seed} · {story.told_budget()} · "
         f"{story.seconds:.0f} s in total · accuracy on the 30 % of the digits that were held out",
     )
 
@@ -81,8 +81,8 @@ def _training_section(story: Story) -> Section:
                 x_label="seconds of training",
                 y_label="held-out accuracy, %",
                 reference=(100 * story.accuracy_logistic, f"logistic regression {story.accuracy_logistic:.1%}"),
-                caption=f"Equal time for all four ({story.seconds_each:g} s). Learning rates were tuned beforehand on "
-                "other splits of the data, on a grid of at least five for each optimizer.",
+                caption=f"{story.told_budget()}. Learning rates were tuned beforehand on other splits of "
+                "the data, on a grid of at least five for each optimizer.",
             ),
             Table(
                 "The four runs and the baseline",
@@ -120,7 +120,7 @@ def _which_half(story: Story) -> str:
         if _learned(init_alone, story)
         else f"Isometric initialization alone is not enough for AdamW ({init_alone:.1%}).",
         f"Both together reach {both:.1%}, {_against(both, story)}:",
-        f"in the same time Muon adds {gain:.1f} points."
+        f"Muon adds {gain:.1f} points."
         if gain > 0
         else f"Muon adds nothing here ({gain:+.1f} points).",
     ))  # fmt: skip

@@ -28,6 +28,9 @@ RATES: dict[tuple[str, str], tuple[float, float]] = {
     ("isometric", "muon"): (0.05, 0.1),
 }
 
+# Steps of each run, up to depth 600: in the time of one step of Muon AdamW takes two to three.
+STEPS = {"adamw": 1050, "muon": 350}
+
 
 @dataclass
 class Story:
@@ -36,7 +39,7 @@ class Story:
     depth: int
     classes: int
     seed: int
-    seconds_each: float
+    seconds_each: float | None
     accuracy_logistic: float = math.nan
     accuracy_affine: float = math.nan
     accuracy_compressed: float = math.nan
@@ -47,6 +50,18 @@ class Story:
     bytes_trained: int = 0
     bytes_compressed: int = 0
     seconds: float = 0.0
+
+    def budget(self, optimizer: str) -> dict[str, Any]:
+        """Return the budget of a run, as `train` takes it."""
+        if self.seconds_each is not None:
+            return {"seconds": self.seconds_each}
+        return {"steps": math.ceil(STEPS[optimizer] * min(1.0, 600 / self.depth))}
+
+    def told_budget(self) -> str:
+        """Return the budgets of all runs in words."""
+        if self.seconds_each is not None:
+            return f"{self.seconds_each:g} s of training for each run"
+        return " and ".join(f"{self.budget(name)['steps']:,} steps of {NAMES[name]}" for name in STEPS)
 
     def accuracy(self, cell: tuple[str, str]) -> float:
         """Return the held-out accuracy at the end of one of the four runs."""

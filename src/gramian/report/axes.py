@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .formatting import power_of_ten, tick_labels
 
@@ -33,6 +33,28 @@ class Axis:
     def fraction(self, value: float) -> float:
         """Return where a value lies between the limits, 0 to 1."""
         return (self.position(value) - self.low) / (self.high - self.low)
+
+    def thinned(self, least: float) -> Axis:
+        """Return the axis with ticks at least a share of its length apart; of a decade's, the round ones stay.
+
+        >>> make_axis([0.25, 1], log=True, num_ticks=3).thinned(0.25).labels
+        ('0.3', '0.5', '1')
+        """
+        kept: list[int] = []
+        for place in sorted(range(len(self.ticks)), key=self._rank):
+            if all(abs(self.ticks[place] - self.ticks[other]) >= least * (self.high - self.low) for other in kept):
+                kept.append(place)
+        kept.sort()
+        return replace(
+            self, ticks=tuple(self.ticks[place] for place in kept), labels=tuple(self.labels[place] for place in kept)
+        )
+
+    def _rank(self, place: int) -> int:
+        """Which of the ticks goes before others: those of decades, then 5, 2 and 3 times them."""
+        if not self.log:
+            return 0
+        mantissa = round(10 ** (self.ticks[place] % 1), 6)
+        return {1.0: 0, 10.0: 0, 5.0: 1, 2.0: 2, 3.0: 3}.get(mantissa, 4)
 
 
 def shows(value: float, log: bool) -> bool:

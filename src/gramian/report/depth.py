@@ -24,7 +24,7 @@ __all__ = ["draw_depth", "lane_legend", "read_out"]
 _LANE, _GAP, _TOP, _FOOT, _LEFT, _RIGHT = 62, 27, 24, 42, 52, 12  # pixels
 _MOST_DISCS = 80  # places up to which each value has a disc
 _POINTER = 18  # above, where a culprit is named
-_TICK_SIZE = 11.5
+_TICK_SIZE, _LINE = 11.5, 14.0
 _LONGEST_NAME = 36  # characters of a culprit's name in the picture
 
 
@@ -129,7 +129,7 @@ def _lane(lane: Lane, top: float, width: float, count: int) -> str:
     known = [value for curve in curves for value in curve.values if value is not None and shows(value, log=True)]
     axis = make_axis(
         known + ([lane.reference] if lane.reference is not None and known else []), log=True, num_ticks=3, margin=0.12
-    )
+    ).thinned(_LINE / _LANE)
     parts = [_text(_LEFT, top - 7, lane.label, "start", 12.5, "lane-title")]
     for tick, label in zip(axis.ticks, axis.labels, strict=True):
         y = top + (1 - (tick - axis.low) / (axis.high - axis.low)) * _LANE

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from .findings import Finding
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderResult
 
 Status = Literal["good", "warning", "bad"]
@@ -242,6 +243,12 @@ class Document:
         from .html import save
 
         save(self, path)
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures as matplotlib's figures, by title, to change or to save (`figure.savefig`)."""
+        from .figures import figures_of
+
+        return figures_of(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from .terminal import DocumentView

@@ -18,6 +18,7 @@ from .layer import Direction, Layer, Place
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingImports]
+    from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderResult
 
 _LONGEST_REASON = 96  # characters of a reason in the verdict; the report has it in full
@@ -125,6 +126,10 @@ class Report:
         from .serial import layers_to_dataframe
 
         return layers_to_dataframe(self.layers)
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures as matplotlib's figures, by title, to change or to save (`figure.savefig`)."""
+        return self.to_document().figures()
 
     def to_document(self) -> Document:
         """Return the report as a page: the network by depth, findings, spectra, Jacobian, layers, notes."""

@@ -16,7 +16,7 @@ from .document import Picture, Series
 from .formatting import distinct_parts, elide, number, visible
 from .palette import colors_of, variable
 
-_TICK_SIZE = 11.5
+_TICK_SIZE, _LINE = 11.5, 14.0
 _LONGEST_NAME = 20  # characters of a name along the axis
 _WIDEST_BAR = 90.0
 _SLANT = math.radians(35)
@@ -154,11 +154,13 @@ def _layout(
         left = max(left, math.cos(_SLANT) * length - 12)
     integer = bool(bars) or all(x.is_integer() for x in xs)
 
+    y = y.thinned(_LINE / (bottom - top))
+
     def frame_of(right: float) -> Frame:
         num_ticks = max(int((right - left) / 58), 3)
-        return Frame(
-            left, top, right, bottom, make_axis(xs, log=picture.log_x, num_ticks=num_ticks, integer=integer), y
-        )
+        x = make_axis(xs, log=picture.log_x, num_ticks=num_ticks, integer=integer)
+        widest = max((canvas.text_width(label, _TICK_SIZE) for label in x.labels), default=0.0)
+        return Frame(left, top, right, bottom, x.thinned((widest + 8) / (right - left)), y)
 
     labels = _direct_labels(canvas, picture, curves, reference, frame_of)
     if labels is None:

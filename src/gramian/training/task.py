@@ -7,7 +7,7 @@ import math
 import numbers
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gramian.errors import GramianError, InputError, TaskError
 from gramian.loader import as_batches
 from gramian.objective import Objective
 from gramian.report import HeatMap, Picture, Table
+from gramian.report.serial import jsonable
 from gramian.rows import Rows
 from gramian.training.interrupts import is_interruption
 
@@ -157,6 +158,11 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """The last evaluation."""
         return self.history[-1] if self.history else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the model, as strict JSON can hold it; NaN and infinity become `None`."""
+        plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "model"}
+        return jsonable(plain | {"out": None if self.out is None else str(self.out)})
 
 
 def as_task(task: Any) -> Task:
