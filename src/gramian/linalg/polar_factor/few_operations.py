@@ -25,14 +25,14 @@ __all__ = ["few_operations", "is_small"]
 LARGEST = 1 << 16
 """Entries of a matrix up to which this is faster on a CPU."""
 
-NARROW = 96
-"""Smaller side below which it is also faster for long matrices, which `few_passes` takes two steps at a time."""
+MOST_WORK = 1 << 20
+"""Multiplications of a long matrix's Gram matrix above which `few_passes`, two steps at a time, is faster."""
 
 
 def is_small(m: int, n: int) -> bool:
     """Whether this is the faster way for matrices of that shape, on a CPU and in float32."""
     short, long = (m, n) if m < n else (n, m)
-    return m * n <= LARGEST and (short < NARROW or long < PAIRED_FROM * short)
+    return m * n <= LARGEST if long < PAIRED_FROM * short else short * short * long <= MOST_WORK
 
 
 def few_operations(
