@@ -69,9 +69,8 @@ def strided(optimizer: Muon, p: nn.Parameter) -> None:
 @pytest.mark.parametrize("change", [replaced, counted_again, in_place, forgotten, wider, strided])
 def test_what_a_user_does_to_adamws_part_between_steps_counts(change) -> None:
     """As in torch's AdamW, to the bit, on a head; its neighbors step on."""
-    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
-    head = model[1].weight
-    assert isinstance(head, nn.Parameter)
+    last = nn.Linear(8, 3)
+    model, head = nn.Sequential(nn.Linear(6, 8), last), last.weight
     optimizer = Muon(model, rest_lr=1e-2)
     for seed in range(3):
         give_gradients(model, seed)
@@ -84,11 +83,11 @@ def test_what_a_user_does_to_adamws_part_between_steps_counts(change) -> None:
     known = optimizer.state.get(head, {})
     adamw.state[oracle] = {key: _as(oracle, known[key]) for key in ("step", "exp_avg", "exp_avg_sq") if known}
     oracle.grad = head.grad
-    before = model[1].bias.detach().clone()
+    before = last.bias.detach().clone()
     optimizer.step()
     adamw.step()
     assert torch.equal(head, oracle)
-    assert not torch.equal(model[1].bias, before)
+    assert not torch.equal(last.bias, before)
     assert float(optimizer.state[head]["step"]) == float(adamw.state[oracle]["step"])
 
 
