@@ -166,11 +166,6 @@ class Layout:
         return left.split() == right.split() and "(" not in left and len(left.split()) == len(self.shape)
 
     @cached_property
-    def is_reshape(self) -> bool:
-        """Whether the entries of the matrices follow each other as in the tensor, so that `split` is a reshape."""
-        return sum(self.dims, ()) == sum(self.sides, ())
-
-    @cached_property
     def _used_sizes(self) -> dict[str, int]:
         names = set(re.findall(r"\w+", self.pattern.partition("->")[0]))
         return {name: size for name, size in (_NUMBERS | dict(self.sizes)).items() if name in names}

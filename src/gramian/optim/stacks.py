@@ -65,7 +65,7 @@ class Stack:
         self.views: list[State] = [{} for _ in routes]
         self.scaled_for: object = None  # what `scales`, the lengths of the steps (K, 1, 1), were computed from
         self.scales = self.alive = torch.ones(self.shape[0], 1, 1, dtype=self.dtype, device=self.device)
-        self.in_order = all(r.layout is not None and r.layout.is_reshape for r in routes)
+        self.in_order = all(map(_is_reshaped, routes))
         self.is_plain = not any(hasattr(r.parameter, "placements") for r in routes)
         self._buffer: Tensor | None = None  # the memory for the gradients, and views of it in the parameters' shapes
         self._shaped: list[Tensor] = []
@@ -166,6 +166,12 @@ class Stack:
         """One value for each matrix, (K, 1, 1), from one for each parameter."""
         counts = torch.tensor(self.counts, device=values.device)
         return values.repeat_interleave(counts, output_size=self.shape[0]).view(-1, 1, 1)
+
+
+def _is_reshaped(r: Route) -> bool:
+    """Whether the entries of the matrices follow each other as in the parameter, so that a reshape gives them."""
+    assert r.layout is not None
+    return sum(r.layout.dims, ()) == sum(r.layout.sides, ())
 
 
 def _matrices(r: Route) -> tuple[int, ...]:
