@@ -106,8 +106,8 @@ def views(count: int) -> dict[str, torch.Tensor]:
     return {f"w{i}": shared[: i % 7 + 1] for i in range(count)}
 
 
-def row(number: int) -> bytes:
-    return b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % number
+def row(name: object) -> bytes:
+    return b'"%b":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % str(name).encode()
 
 
 CASES: dict[str, tuple[str, Callable[[], bytes]]] = {
@@ -136,6 +136,7 @@ CASES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "the same beside a model": ("m.pt", lambda: saved(shared_by_many() | {"model": {"w": shared}})),
     "a vector of 4 TB in 1.5 kB": ("m.safetensors", vector),
     "20,000 nested levels of JSON": ("m.safetensors", lambda: header(b"[" * 20_000 + b"]" * 20_000)),
+    "a name of 450,000 parts": ("m.safetensors", lambda: header(b"{" + row("a." * 450_000) + b"}")),
     "a header of 300,000 names": (
         "m.safetensors",
         lambda: header(b"{" + b",".join(map(row, range(300_000))) + b"}"),

@@ -110,6 +110,16 @@ def test_names_have_a_budget(tmp_path: Path) -> None:
         open_checkpoint(saved(tmp_path, tree))
 
 
+@pytest.mark.parametrize("kind", ["m.pt", "m.safetensors"])
+def test_a_name_has_a_budget(tmp_path: Path, kind: str) -> None:
+    """Names are taken apart at their dots: one of 450,000 parts took more than ten minutes."""
+    tree = {"a." * 450_000 + "weight": normal(8, 8)}
+    save = torch.save if kind == "m.pt" else safetensors.torch.save_file
+    save(tree, tmp_path / kind)
+    with pytest.raises(CheckpointError, match="a tensor's name of 900,006 characters, of 1,024 at most"):
+        open_checkpoint(tmp_path / kind)
+
+
 @pytest.mark.parametrize("kind", ["m.pt", "m.safetensors", "m.npz", "legacy.pt", "names.pt"])
 def test_tensors_have_a_budget_that_can_be_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(budgets, "MOST_TENSORS", 100)

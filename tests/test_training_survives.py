@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 import gramian as gm
 from cases import seeded
 from gramian.checkpoint import load_tree, save_tensors, save_tree, writing
-from gramian.cli import main
+from gramian.cli import Ending, main
 from gramian.errors import CheckpointError, GramianWarning, InputError, TaskError
 from gramian.tasks import load
-from gramian.training import folder, interrupts
+from gramian.training import folder, interrupts, slow, stream
 from runs import Stop, stopping, weights
 
 X = torch.randn(48, 6, generator=seeded(0))
@@ -249,6 +253,54 @@ def test_a_signal_while_the_model_is_written_ends_after_it(tmp_path, monkeypatch
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "model.safetensors"]
 
 
+def test_workers_that_the_same_signal_killed_are_not_the_error() -> None:
+    """A signal to the whole group kills a DataLoader's workers too: the run ends by it, and not by their error."""
+    for text, expected in (
+        ("DataLoader worker (pid 7) is killed by signal: Terminated.", SystemExit),
+        ("x", TaskError),
+    ):
+        interrupted = interrupts.Interrupts()
+        interrupted.__enter__()
+        signal.raise_signal(signal.SIGTERM)
+        with suppress(expected):
+            interrupted.__exit__(TaskError, TaskError(text), None)
+            assert expected is TaskError  # which goes on
+
+
+def test_a_signal_whose_exception_was_lost_ends_the_run(request) -> None:
+    """Python drops what is raised in `__del__` and in the callbacks of imports."""
+    before = signal.signal(signal.SIGTERM, Ending())
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))
+    with suppress(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        gm.train(task(), steps=2, optimizer="adamw")
+
+
+def test_what_goes_on_for_long_is_told(monkeypatch) -> None:
+    """An epoch that never ends, which epochs= would count first, and a step of many batches."""
+    few = "accumulate is 4, more than the batches of an epoch, 3; the steps of the run: 2"
+    with pytest.warns(GramianWarning, match=few):
+        gm.train(task(), epochs=2, accumulate=4, optimizer="adamw")
+    monkeypatch.setattr(slow, "SILENCE", 0.0)
+    monkeypatch.setattr(stream, "MOST_BATCHES", 5)
+    endless = replace(task(), train_batches=lambda epoch, generator: itertools.repeat((X[:8], Y[:8])))
+    with (
+        pytest.warns(GramianWarning, match=r"gave \d batches so far, and epochs counts them all first"),
+        pytest.raises(TaskError, match="gave more than 5 batches, and epochs counts them all first"),
+    ):
+        gm.train(endless, epochs=1, optimizer="adamw")
+    with pytest.warns(GramianWarning, match=r"a step has taken \d of its 4 batches \(accumulate\)"):
+        gm.train(endless, steps=1, accumulate=4, optimizer="adamw")
+
+
+@pytest.mark.parametrize("name", ["out", "report"])
+def test_a_path_that_is_not_utf_8_is_one_line(tmp_path, name: str) -> None:
+    with pytest.raises(InputError, match="a path that is not UTF-8"):
+        gm.train(task(), steps=1, optimizer="adamw", **{name: os.path.join(tmp_path, os.fsdecode(b"\xff.html"))})
+    assert not os.listdir(tmp_path)
+
+
 def test_a_checkpoint_of_another_format_is_named(often, tmp_path) -> None:
     with pytest.raises(Stop):
         gm.train(task(), steps=9, out=tmp_path, on_step=stopping(2))
@@ -275,6 +327,19 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stays(often, tmp_path, monke
     assert load_tree(tmp_path / "checkpoint.safetensors")["steps"] == 3
     assert load_tree(tmp_path / "checkpoint.previous.safetensors")["steps"] == 2
     assert gm.train(task(), steps=9, optimizer="adamw", out=tmp_path, resume=True).resumed == 3
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch) -> None:
+    """Neither metrics nor checkpoint can be written: the error alone, and no warning before it."""
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "_write", full)
+    monkeypatch.setattr(folder, "_line", full)
+    warnings.simplefilter("error")  # pytest restores the filters
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        gm.train(task(), steps=9, optimizer="adamw", out=tmp_path)
 
 
 def test_metrics_that_cannot_be_written_are_written_later(tmp_path, monkeypatch) -> None:

@@ -207,6 +207,24 @@ def test_norms_of_many_tensors_are_those_of_each() -> None:
     assert all_finite([])
 
 
+def test_small_tensors_of_ones_own_are_looked_at_in_one_call() -> None:
+    g = torch.Generator().manual_seed(0)
+    small = [
+        torch.randn(3, 2, generator=g),
+        torch.randn(4, generator=g).double(),
+        torch.randn(2, 6, generator=g)[:, ::2],
+    ]
+    kept = [t.clone() for t in small]
+    assert all_finite(small, owned=True)
+    assert all(torch.equal(t, k) for t, k in zip(small, kept, strict=True))
+    for t, k in zip(small, kept, strict=True):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            t[(-1,) * t.ndim] = value
+            assert not all_finite(small, owned=True)
+        t.copy_(k)
+    assert all_finite([torch.full((4,), 3e38)], owned=True)
+
+
 def test_of_large_matrices_some_rows_are_compared() -> None:
     matrices = {"small": torch.ones(8, 8), "large": torch.ones(1024, 640), "row": torch.ones(1, 10 * SAMPLE)}
     found = sampled(matrices.items())

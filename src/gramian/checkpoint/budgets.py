@@ -1,14 +1,17 @@
-"""How many tensors a file may name, so that a small file cannot take minutes and gigabytes to describe."""
+"""How many tensors a file may name, and how long: a small one cannot take minutes and gigabytes to describe."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["MOST_TENSORS", "SWITCH", "OverBudgetError", "check_number", "most_tensors", "size_of"]
+__all__ = ["MOST_TENSORS", "SWITCH", "OverBudgetError", "check_names", "check_number", "most_tensors", "size_of"]
 
 # Whatever its size a file may name so many tensors, and one more for so many bytes: those of a model take more.
 MOST_TENSORS, BYTES_A_TENSOR = 1 << 15, 1 << 12
+
+LONGEST = 1 << 10  # characters of a name, which is taken apart at its dots: those of a model have a hundred or two
 
 SWITCH = "GRAMIAN_MOST_TENSORS"
 """The environment variable that sets another number for every file."""
@@ -38,6 +41,16 @@ def check_number(number: int, size: int) -> None:
         raise OverBudgetError(
             f"more than {most:,} tensors in {size:,} bytes",
             f"If you trust it, allow more by the environment variable: {SWITCH}=1000000.",
+        )
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise `OverBudgetError` for a name of a tensor that is longer than any model's."""
+    longest = max(map(len, names), default=0)
+    if longest > LONGEST:
+        raise OverBudgetError(
+            f"a tensor's name of {longest:,} characters, of {LONGEST:,} at most",
+            "If you trust it, load it yourself and save its tensors under shorter names.",
         )
 
 

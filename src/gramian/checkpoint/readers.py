@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from gramian.checkpoint.arrays import read_arrays
-from gramian.checkpoint.budgets import OverBudgetError, check_number, size_of
+from gramian.checkpoint.budgets import OverBudgetError, check_names, check_number, size_of
 from gramian.checkpoint.distributed import METADATA_FILE, read_distributed
 from gramian.checkpoint.faults import damaged, first_line
 from gramian.checkpoint.formats import Content, identity, read_safetensors
@@ -80,11 +80,12 @@ def reader(path: Path, *, verify: bool = True) -> Content:
 
 @lru_cache(maxsize=16)
 def _parsed(path: Path, written: tuple[int, ...], verify: bool) -> Content:
-    """The contents, by the reader for what they are, if they are not too many."""
+    """The contents, by the reader for what they are, if they are not too many, nor their names too long."""
     del written  # what was parsed before is kept as long as this is the same
     content = _read(path, verify)
     try:
         check_number(len(content.entries), size_of(path))
+        check_names(entry.name for entry in content.entries)
     except OverBudgetError as error:
         raise damaged(path, error) from error
     return content

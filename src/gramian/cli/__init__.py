@@ -126,8 +126,10 @@ def program() -> NoReturn:
     may not be unwound: now and then a run that was finished and written ended with "terminate called without an active
     exception" and exit code 134.
     """
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, Ending())
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGTERM, Ending())
         atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # registered first, so that it runs last
     protect()
     code = main()
@@ -144,8 +146,24 @@ def program() -> NoReturn:
     sys.exit(code)
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+class Ending:
+    """The handler of a signal that is to end the process: it raises what the signal stands for, and notes it.
+
+    Python drops what is raised in a callback or in `__del__`: then the run acts on the note. While a module is
+    imported, the process ends at once: torch's import drops the exception, or turns it into another.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.received = number
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                complain("interrupted" if number == signal.SIGINT else "terminated")
+                os._exit(128 + number)
+            frame = frame.f_back
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **kwargs: Any) -> None:

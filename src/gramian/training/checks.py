@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.errors import GramianWarning, TaskError, some
+from gramian.checkpoint.names import as_path
+from gramian.errors import GramianWarning, InputError, TaskError, plain, some
 from gramian.recording import evaluating
 from gramian.training.augmentation import augmented, mixed
 from gramian.training.optimizers import Choice
@@ -19,7 +20,15 @@ from gramian.training.options import Options, best_row
 from gramian.training.randomness import restore_python, state_of_python
 from gramian.training.task import Task, calling
 
-__all__ = ["check_best", "check_inputs", "check_model", "identity_of", "plain_numbers", "warn_of_plain_numbers"]
+__all__ = [
+    "check_best",
+    "check_inputs",
+    "check_model",
+    "check_path",
+    "identity_of",
+    "plain_numbers",
+    "warn_of_plain_numbers",
+]
 
 
 def check_inputs(task: Task, options: Options) -> None:
@@ -82,6 +91,17 @@ def check_model(model: object, task: Task) -> None:
             f"task {task.name!r}: {meta[0]} of the model is on the meta device, without numbers. Make the model "
             "outside torch.device('meta')"
         )
+
+
+def check_path(path: object) -> None:
+    """Raise `InputError` for the path of a folder or report that is none, or cannot stand in files of UTF-8."""
+    if path is None:
+        return
+    text = str(as_path(path, "train"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"train: a path that is not UTF-8: {plain(text)}; rename it") from None
 
 
 def identity_of(

@@ -91,7 +91,7 @@ class Folder:
         self._writer = ThreadPoolExecutor(1, "gramian-checkpoint")
         self._writing: Future[None] | None = None
         self._begun = False
-        self._torn = False  # whether a line of metrics could not be written
+        self._torn = self._to_tell = ""  # why a line of metrics could not be written, and until that was told
         self.sound = True  # whether the checkpoint in the folder is whole, and worth keeping as the previous one
 
     def close(self) -> None:
@@ -160,16 +160,12 @@ class Folder:
                 with (self.path / METRICS).open("a", encoding="utf-8") as file:
                     file.write(_line(history[-1]))
             self._owned.note(METRICS)
-            self._torn = False
+            self._torn = self._to_tell = ""
         except (OSError, InputError) as error:
-            if not self._torn:
-                warnings.warn(
-                    f"train: {METRICS} could not be written ({getattr(error, 'strerror', None) or error}); it is "
-                    "tried again at the next evaluation",
-                    GramianWarning,
-                    stacklevel=4,
-                )
-            self._torn = True
+            if self._torn:
+                self.wait()
+            else:
+                self._torn = self._to_tell = getattr(error, "strerror", None) or str(error)
 
     def due(self, *, evaluated: bool) -> bool:
         """Whether to write a checkpoint: after an evaluation or half a minute, unless that would cost too much time.
@@ -186,7 +182,7 @@ class Folder:
 
     def keep(self, state: dict[str, Any]) -> None:
         """Copy the state and begin to write the checkpoint; the one before stays until this one is verified."""
-        self.wait()
+        self._wait()
         begin = self._kept_at = time.perf_counter()
         self._begin(state["history"])
         packed = pack_tree({"format": FORMAT, "identity": self.identity, **state}).copied()
@@ -203,7 +199,20 @@ class Folder:
         self._writing = self._writer.submit(write)
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written; raises what its thread raised."""
+        """Wait for the checkpoint that is being written; raises what its thread raised.
+
+        Where there was none to raise, warns of metrics that could not be written: a full disk is told in one line.
+        """
+        self._wait()
+        if self._to_tell:
+            told, self._to_tell = self._to_tell, ""
+            warnings.warn(
+                f"train: {METRICS} could not be written ({told}); it is tried again at the next evaluation",
+                GramianWarning,
+                stacklevel=4,
+            )
+
+    def _wait(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()

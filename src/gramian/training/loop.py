@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,9 @@ from gramian.optim.given import given
 from gramian.recording.keeping import seeded
 from gramian.report import Report
 from gramian.training import agreement, page, start
-from gramian.training.checks import check_best, check_inputs, check_model, identity_of
+from gramian.training.checks import check_best, check_inputs, check_model, check_path, identity_of
 from gramian.training.folder import Folder, read
-from gramian.training.interrupts import Interrupts, end
+from gramian.training.interrupts import Interrupts
 from gramian.training.lost import naming_the_lost
 from gramian.training.optimizers import choose
 from gramian.training.options import Options
@@ -151,7 +152,7 @@ def train(
     """
     task = as_task(task)
     budget = as_budget(steps, epochs, seconds)
-    if isinstance(seed, bool) or not 0 <= seed < 2**63:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
         raise InputError(f"train: seed must be a whole number from 0 to 2**63 - 1, got {seed}")
     options = Options(
         schedule,
@@ -177,6 +178,8 @@ def train(
     choice = choose(optimizer, lr if automatic is None else 1.0, options, length)
     check_warmup(warmup, budget, 0, accumulate)
     start.check(init)
+    for path in (out, report):
+        check_path(path)
     page.check(report)
     objective = as_objective(task.objective)
     if resume and out is None:
@@ -211,6 +214,11 @@ def train(
                 check_best(task, model, options)
                 if warmup is not None and stream.counted:
                     check_warmup(warmup, budget, stream.count(), accumulate)
+                if stream.counted and accumulate > stream.count():
+                    _warn(
+                        f"train: accumulate is {accumulate:,}, more than the batches of an epoch, {stream.count():,}; "
+                        f"the steps of the run: {math.ceil(length()):,}"
+                    )
             agreement.check_length(stream.length)
             with calling(task, f"the initialization ({init}) of the model"):
                 run.init = start.initialize(init, model, task, objective, seed)
@@ -282,8 +290,6 @@ def _take_steps(
         interrupts.is_writing = True
         interrupts.reached()
         loop.finish(folder)
-        if interrupts.received:
-            end(interrupts.received)
 
 
 def _report(loop: Loop, path: str | Path, seed: int) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any
 
 import torch
 
-from gramian.errors import InputError
+from gramian.errors import InputError, plain
 from gramian.prox import L1, L2, ElasticNet, Nuclear, Orthogonal, Penalty, SpectralNorm
 from gramian.training.augmentation import check as check_augmentation
 from gramian.training.schedule import SCHEDULES, WARMUP_STEPS
@@ -26,6 +27,10 @@ PENALTIES: dict[str, Callable[[float], Penalty]] = {
 
 # Of the forward pass: what autocast is to use, if anything.
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# Batches in a step: more of them are a mistake, and the run would say nothing for days.
+MOST_BATCHES = 10**6
 
 
 @dataclass(frozen=True)
@@ -47,19 +52,20 @@ class Options:
     def __post_init__(self) -> None:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("precision", self.precision, PRECISIONS)
-        _check("warmup", self.warmup, self.warmup >= 0, "a number of steps, zero or more")
-        _check("accumulate", self.accumulate, self.accumulate >= 1, "a number of batches, at least 1")
+        _check("warmup", self.warmup, lambda n: n >= 0, "a number of steps, zero or more")
+        told = f"a number of batches, from 1 to {MOST_BATCHES:,}"
+        _check("accumulate", self.accumulate, lambda n: isinstance(n, Integral) and 1 <= int(n) <= MOST_BATCHES, told)
         for name, value in (("clip", self.clip), ("patience", self.patience)):
-            _check(name, value, value is None or 0 < value < math.inf, "a positive number")
-        decay = self.weight_decay
-        _check("weight_decay", decay, decay is None or 0 <= decay < math.inf, "zero or a positive number")
-        _check("ema", self.ema, self.ema is None or 0 < self.ema < 1, "between 0 and 1, as 0.999")
+            _check(name, value, lambda x: x is None or 0 < x < math.inf, "a positive number")
+        told = "zero or a positive number"
+        _check("weight_decay", self.weight_decay, lambda x: x is None or 0 <= x < math.inf, told)
+        _check("ema", self.ema, lambda x: x is None or 0 < x < 1, "between 0 and 1, as 0.999")
         for name, strength in self.regularize.items():
             _one_of("regularize", name, PENALTIES)
-            _check(f"regularize {name}", strength, 0 <= strength < math.inf, "zero or a positive number")
+            _check(f"regularize {name}", strength, lambda x: 0 <= x < math.inf, told)
         penalty(self.regularize)
         check_augmentation(self.augment)
-        if self.best is not None and self.best.partition(":")[0] not in ("max", "min"):
+        if self.best is not None and str(self.best).partition(":")[0] not in ("max", "min"):
             raise InputError(f"train: best must be max:NAME or min:NAME, as in max:accuracy; got {self.best!r}")
         if self.patience is not None and self.best is None:
             raise InputError("train: patience needs best=, the number that is to improve, as in best='max:accuracy'")
@@ -103,9 +109,13 @@ def _one_of(name: str, value: str, known: Any) -> None:
         raise InputError(f"train: {name} must be one of {', '.join(known)}; got {value!r}")
 
 
-def _check(name: str, value: Any, right: bool, wanted: str) -> None:
-    if not right:
-        raise InputError(f"train: {name} must be {wanted}; got {value}")
+def _check(name: str, value: Any, is_right: Callable[[Any], bool], wanted: str) -> None:
+    try:
+        if is_right(value):
+            return
+    except (TypeError, ValueError, RuntimeError):  # it cannot be compared with a number, as a text
+        pass
+    raise InputError(f"train: {name} must be {wanted}; got {plain(repr(value) if isinstance(value, str) else value)}")
 
 
 def _text(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,11 +13,15 @@ from torch import Tensor
 from gramian.batch import fields
 from gramian.errors import GramianWarning, TaskError
 from gramian.training.randomness import Own, as_plain, restore_python, state_of_python
+from gramian.training.slow import Slow
 from gramian.training.task import Task, calling
 
 __all__ = ["Stream"]
 
 END = object()
+
+# Of a first epoch that is counted, since it is kept in memory.
+MOST_BATCHES = 10**7
 
 
 class Stream:
@@ -111,9 +115,22 @@ class Stream:
                 )
             self._given = batches
             if self.counted and self.epoch == 0:
-                batches = list(batches)
+                batches = self._all(batches)
                 self.length = len(batches)
             return iter(batches)
+
+    def _all(self, batches: Iterable[Any]) -> list[Any]:
+        """The batches of the first epoch, which a budget in epochs counts; of one that never ends an error."""
+        advice = "and epochs counts them all first. If they never end, give steps or seconds"
+        gave = f"task {self.task.name!r}: train_batches(0, generator) gave"
+        slow = Slow(gave, f"batches so far, {advice}")
+        found = []
+        for batch in batches:
+            found.append(batch)
+            slow.tell(len(found))
+            if len(found) > MOST_BATCHES:
+                raise TaskError(f"{gave} more than {MOST_BATCHES:,} batches, {advice}")
+        return found
 
     def _next(self) -> Any:
         assert self._batches is not None

@@ -18,27 +18,39 @@ SAMPLE = 2**16
 # Vectors up to this length are put together, since a sum of each would be a call and nothing else.
 SHORT = 2**12
 
+# Up to so many entries the call counts, and above it the memory that is written too.
+SMALL = 2**13
+
+_ONE = torch.ones(())
+
 _NARROW = (torch.float16, torch.bfloat16)
 _WIDE = (torch.float32, torch.float64)
 
 
-def all_finite(found: Iterable[Tensor]) -> bool:
+def all_finite(found: Iterable[Tensor], *, owned: bool = False) -> bool:
     """Whether all values are: from one number for each tensor, and one synchronization with the device.
 
     On a processor these are sums, elsewhere norms, which torch computes of many tensors at once. A number that is not
     finite may have overflown; the largest value then decides.
+
+    Args:
+        found: the tensors.
+        owned: whether they may be written, with the values that they have. Small ones of a processor are then looked
+            at in one call, that of `torch.amp.GradScaler`, which multiplies by one.
     """
-    found, total, short = list(found), 0.0, []
+    found, total, short, small = list(found), 0.0, [], []
     for t in found:
         if type(t) is not Tensor or not t.is_cpu or t.dtype not in _WIDE:
             break
-        if t.ndim == 1 and len(t) <= SHORT:
+        if owned and t.numel() <= SMALL and t.is_contiguous() and not t.requires_grad:
+            small.append(t)
+        elif t.ndim == 1 and len(t) <= SHORT:
             short.append(t)
         else:
             total += t.sum().item()
     else:
         total += torch.cat(short).sum().item() if short else 0.0
-        return math.isfinite(total) or are_finite(map(values_of, found))
+        return (math.isfinite(total) or are_finite(map(values_of, found))) and _small_are_finite(small)
     total = 0.0
     values = [values_of(t) if t.requires_grad or not _is_plain(t) else t for t in found]
     if all(t.is_cpu for t in values):
@@ -50,6 +62,16 @@ def all_finite(found: Iterable[Tensor]) -> bool:
         by_kind.setdefault((norm.device, norm.dtype), []).append(norm)
     sums = [float(torch.stack(of).sum()) for of in by_kind.values()]
     return all(map(math.isfinite, sums)) or are_finite(values)
+
+
+def _small_are_finite(found: list[Tensor]) -> bool:
+    if not found:
+        return True
+    bad = torch.zeros(())
+    for dtype in _WIDE:  # it takes tensors of one dtype only
+        if of := [t for t in found if t.dtype == dtype]:
+            torch._amp_foreach_non_finite_check_and_unscale_(of, bad, _ONE)
+    return bad.item() == 0
 
 
 def norms(found: Mapping[str, Tensor]) -> dict[str, float]:
