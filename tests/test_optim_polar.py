@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from cases import seeded
 from gramian import random
 from gramian.errors import InputError
+from gramian.linalg.polar_factor.few_operations import few_operations
 from gramian.linalg.polar_factor.few_passes import few_passes
 from gramian.linalg.polar_factor.newton_schulz import composed
 from gramian.optim import SOAP, Muon
@@ -19,6 +21,7 @@ from gramian.optim import polar as module
 from gramian.optim.polar import approaches, polar
 
 CPU = torch.device("cpu")
+Method = Callable[..., Tensor]
 
 
 def names(shape: str, rtol: float = 0.125) -> list[str]:
@@ -47,17 +50,18 @@ def test_every_approach_reaches_rtol(shape: tuple[int, int], rtol: float) -> Non
         )
 
 
+@pytest.mark.parametrize("method", [few_passes, few_operations])
 @pytest.mark.parametrize("first", [5, 9])
 @pytest.mark.parametrize("shape", [(20, 20), (12, 30), (30, 12), (25, 20)])
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])
-def test_few_passes_are_the_composed_polynomials(shape: tuple[int, int], steps: int, first: int) -> None:
+def test_both_ways_are_the_composed_polynomials(shape: tuple[int, int], steps: int, first: int, method: Method) -> None:
     x = random.normal(2, *shape, generator=seeded(1), dtype=torch.float32)
     u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
     s = s / s.pow(4).sum(-1, keepdim=True).pow(0.25) / 1.01
     for i, coefficients in enumerate(composed(1 / 200, steps, first).coefficients):
         s = s / (1.0 if i == steps - 1 else 1.01)
         s = sum(c * s ** (2 * k + 1) for k, c in enumerate(coefficients))
-    found = few_passes(x, low=1 / 200, steps=steps, first=first)
+    found = method(x, low=1 / 200, steps=steps, first=first)
     torch.testing.assert_close(found.double(), u * s[:, None] @ vh, rtol=0, atol=1e-4)
 
 
@@ -73,13 +77,27 @@ def test_the_first_of_degree_nine_is_minimax(low: float) -> None:
     assert error < composed(low, 1).error
 
 
-def test_results_do_not_share_memory() -> None:
+@pytest.mark.parametrize("method", [few_passes, few_operations])
+def test_results_do_not_share_memory(method: Method) -> None:
     x = random.normal(2, 20, 40, generator=seeded(3), dtype=torch.float32)
     for same in (x, x.mT, x[..., :20]):
-        first = few_passes(same, low=1 / 200, steps=4)
+        first = method(same, low=1 / 200, steps=4)
         before = first.clone()
-        few_passes(2 * same.flip(-1), low=1 / 200, steps=4)
+        method(2 * same.flip(-1), low=1 / 200, steps=4)
         assert torch.equal(first, before)
+        into = same.contiguous().clone()
+        assert method(into, low=1 / 200, steps=4, out=into) is into
+        torch.testing.assert_close(into, before, rtol=0, atol=1e-5)
+
+
+def test_a_small_matrix_is_the_same_beside_any_neighbor() -> None:
+    """To the bit, also where a neighbor is zero or of another size, and has to be scaled."""
+    x = random.normal(3, 6, 9, generator=seeded(5), dtype=torch.float32)
+    alone = few_operations(x, low=1 / 200, steps=4)
+    for factor in (0.0, 1e-30, 1e30):
+        beside = few_operations(x * torch.tensor([1.0, factor, 1.0])[:, None, None], low=1 / 200, steps=4)
+        assert torch.equal(beside[0], alone[0])
+        torch.testing.assert_close(beside[1], alone[1] * (factor > 0), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (100, 400), (300, 110)])
@@ -100,14 +118,15 @@ def test_the_steps_are_as_orthogonal_as_those_of_torch(shape: tuple[int, int], d
             assert float(torch.linalg.svdvals(found).amax()) < 1.35, name
 
 
-def test_zeros_stay_and_nan_does_not_spread() -> None:
+@pytest.mark.parametrize("method", [few_passes, few_operations])
+def test_zeros_stay_and_nan_does_not_spread(method: Method) -> None:
     x = random.normal(3, 6, 20, generator=seeded(2), dtype=torch.float32)
     x[1], x[2, 0, 0] = 0.0, math.nan
-    y = few_passes(x, low=1 / 200, steps=5)
+    y = method(x, low=1 / 200, steps=5)
     assert not y[1].any()
     assert y[2].isnan().all()
-    torch.testing.assert_close(y[:1], few_passes(x[:1], low=1 / 200, steps=5), rtol=0, atol=1e-5)
-    assert few_passes(x[:, :0], low=0.1, steps=2).shape == (3, 0, 20)
+    torch.testing.assert_close(y[:1], method(x[:1], low=1 / 200, steps=5), rtol=0, atol=1e-5)
+    assert method(x[:, :0], low=0.1, steps=2).shape == (3, 0, 20)
 
 
 def net() -> nn.Sequential:

@@ -3,76 +3,155 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from gramian import placement
 from gramian.errors import InputError
 from gramian.optim.guard import limited
 from gramian.optim.sharding import not_finite, whole_norms
 
-__all__ = ["step_adamw"]
+__all__ = ["Rest"]
+
+States = MutableMapping[Tensor, dict[str, Any]]
 
 
-def step_adamw(
-    groups: Sequence[dict[str, Any]],
-    state: MutableMapping[Tensor, dict[str, Any]],
-    norms: Mapping[Tensor, Tensor] | None = None,
-) -> tuple[list[Tensor], Tensor | None]:
-    """A step of torch's fused AdamW for every parameter whose gradient is finite and has a finite square.
+class Rest:
+    """What AdamW steps of a parameter group: which parameters, and their state, looked up once and used while it fits.
 
-    A square that overflows would stay in the second moment, and the parameter would never move again. A gradient that
-    is larger than ten times the usual counts for that much (`gramian.optim.guard`), by its Frobenius norm.
-
-    Args:
-        groups: parameter groups, with `lr`, `betas`, `eps`, `weight_decay` and `maximize`.
-        state: by parameter; torch's, of the same form, and the usual norm of its gradients.
-        norms: of each parameter's gradient, where they and their squares are known to be finite.
-
-    Returns the parameters that have a gradient, and which of them were skipped (P,), `None` for none.
+    A step is torch's fused AdamW for every parameter whose gradient is finite and has a finite square: one that
+    overflows would stay in the second moment, and the parameter would never move again. A gradient that is larger than
+    ten times the usual counts for that much (`gramian.optim.guard`), by its Frobenius norm.
     """
-    params = [p for group in groups for p in group["params"] if p.grad is not None and p.grad.numel()]
-    if not params:
-        return [], None
-    bad = None if norms is not None else not_finite([p.grad for p in params], power=2)
-    kept = params if bad is None else [p for p, is_bad in zip(params, bad.tolist(), strict=True) if not is_bad]
-    states = [_state_of(p, state) for p in kept]
-    # By id, since a tensor's hash is a call of Python's, a hundred of which cost as much as the step itself.
-    entries = {id(p): (p, g, s) for p, g, s in zip(kept, _guarded(kept, states, norms), states, strict=True)}
-    for group in groups:
-        members = [entries[id(p)] for p in group["params"] if id(p) in entries]
-        # Parameters that are not contiguous step one by one, since they may share memory and are stepped as copies.
-        contiguous = [part.is_contiguous() for part in placement.locals_of([p for p, _, _ in members])]
-        plain = [member for member, is_plain in zip(members, contiguous, strict=True) if is_plain]
-        others = [member for member, is_plain in zip(members, contiguous, strict=True) if not is_plain]
-        for together in (plain, *([member] for member in others)):
-            if together:
-                _step([p for p, _, _ in together], [g for _, g, _ in together], [s for _, _, s in together], group)
-    return params, bad
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []
+        self._lots: list[_Lot] = []
+
+    def step(
+        self, groups: Sequence[Mapping[str, Any]], state: States, sizes: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Steps all parameters that have a gradient.
+
+        Args:
+            groups: of parameters with one rate, with `lr`, `betas`, `eps`, `weight_decay` and `maximize`.
+            state: by parameter; torch's, of the same form, and the usual norm of its gradients.
+            sizes: the norms of the gradients, (P,), where they and their squares are known to be finite.
+
+        Returns the parameters that have a gradient, and which of them were skipped (P,), `None` for none.
+        """
+        numbered = [
+            (p, number)
+            for number, group in enumerate(groups)
+            for p in group["params"]
+            if p.grad is not None and p.grad.numel()
+        ]
+        params = [p for p, _ in numbered]
+        bad = None
+        if sizes is None and params:
+            bad = not_finite([p.grad for p in params], power=2)  # type: ignore[misc]
+            numbered = [pair for pair, is_bad in zip(numbered, bad.tolist(), strict=True) if not is_bad]
+        if not self._fits(numbered, state):
+            self._arrange(numbered, state)
+        for lot in self._lots:
+            grads = [_placed_as(p, p.grad) for p in lot.params]
+            known = torch.stack(whole_norms(grads)) if sizes is None else sizes
+            known = known if len(known) == len(grads) else known[lot.places]
+            parts = grads if sizes is not None else placement.locals_of(grads)
+            lot.step(groups, limited(parts, known.to(lot.usual.dtype), lot.usual))
+        return params, bad
+
+    def _fits(self, numbered: Sequence[tuple[Tensor, int]], state: States) -> bool:
+        """Whether these are the parameters, and their state is what it was, in their present dtype and device."""
+        known = self._params
+        return (
+            len(known) == len(numbered)
+            and all(p is q for (p, _), q in zip(numbered, known, strict=True))
+            and all(lot.holds(state) for lot in self._lots)
+        )
+
+    def _arrange(self, numbered: Sequence[tuple[Tensor, int]], state: States) -> None:
+        alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for place, (p, _) in enumerate(numbered):
+            alike.setdefault((p.dtype, p.device), []).append(place)
+        self._lots = [_lot([numbered[i] for i in places], places, state) for places in alike.values()]
+        self._params = [p for p, _ in numbered]
 
 
-def _guarded(
-    params: Sequence[Tensor], states: Sequence[dict[str, Any]], norms: Mapping[Tensor, Tensor] | None
-) -> list[Tensor]:
-    """This rank's part of each gradient, spread over the ranks as its parameter is, as far as it counts."""
-    placed = [_placed_as(p, p.grad) for p in params]
-    sizes = whole_norms(placed) if norms is None else [norms[p] for p in params]
-    parts = placement.locals_of(placed)
-    alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for i, known in enumerate(states):
-        alike.setdefault((known["usual"].dtype, known["usual"].device), []).append(i)
-    for (dtype, _), these in alike.items():
-        size, usual = (torch.stack(x) for x in ([sizes[i] for i in these], [states[i]["usual"] for i in these]))
-        kept = limited([parts[i] for i in these], size.to(dtype), usual)
-        for i, own, grad in zip(these, usual.unbind(), kept, strict=True):
-            states[i]["usual"], parts[i] = own, grad
-    return parts
+class _Lot(NamedTuple):
+    """Parameters of one dtype on one device, and their state.
+
+    Number of steps and usual norms are one tensor (P,) each, of which the states hold the entries.
+    """
+
+    params: list[Tensor]
+    places: list[int]
+    spans: list[tuple[int, slice]]  # the group of each part of them
+    states: list[dict[str, Any]]
+    means: list[Tensor]
+    squares: list[Tensor]
+    counts: list[Tensor]
+    usuals: list[Tensor]
+    steps: Tensor
+    usual: Tensor
+    sharded: bool
+
+    def holds(self, state: States) -> bool:
+        """Whether the state of the parameters is still this one."""
+        kept = zip(self.params, self.states, self.means, self.squares, self.counts, self.usuals, strict=True)
+        return all(
+            state.get(p) is known
+            and known.get("exp_avg") is mean
+            and known.get("exp_avg_sq") is square
+            and known.get("step") is count
+            and known.get("usual") is usual
+            and mean.dtype == p.dtype
+            and mean.device == p.device
+            and mean.shape == p.shape
+            for p, known, mean, square, count, usual in kept
+        )
+
+    def step(self, groups: Sequence[Mapping[str, Any]], grads: list[Tensor]) -> None:
+        """A step with these gradients, this rank's part of each."""
+        self.steps.add_(1)
+        parts = [self.params, self.means, self.squares]
+        params, means, squares = map(placement.locals_of, parts) if self.sharded else parts
+        for number, span in self.spans:
+            members = (params[span], grads[span], means[span], squares[span], self.counts[span])
+            if all(p.is_contiguous() for p in members[0]):
+                _fused(*members, groups[number])
+                continue
+            # The fused step goes through memory and ignores strides: what is not contiguous is stepped as a copy, and
+            # one by one, since such parameters may share memory.
+            for p, grad, mean, square, count in zip(*members, strict=True):
+                copied = p.contiguous()
+                _fused([copied], [grad], [mean], [square], [count], groups[number])
+                if copied is not p:
+                    p.copy_(copied)
 
 
-def _state_of(p: Tensor, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[str, Any]:
+def _lot(numbered: Sequence[tuple[Tensor, int]], places: list[int], state: States) -> _Lot:
+    params = [p for p, _ in numbered]
+    states = [_state_of(p, state) for p in params]
+    steps = torch.stack([s["step"].to(p.device, torch.float32) for p, s in zip(params, states, strict=True)])
+    usual = torch.stack([s["usual"] for s in states])
+    counts, usuals = list(steps.unbind()), list(usual.unbind())
+    for known, count, size in zip(states, counts, usuals, strict=True):
+        known |= {"step": count, "usual": size}
+    spans, start = [], 0
+    for number, members in groupby(numbered, key=lambda pair: pair[1]):
+        stop = start + len(list(members))
+        spans.append((number, slice(start, stop)))
+        start = stop
+    means, squares = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq"))
+    sharded = any(hasattr(p, "placements") for p in params)
+    return _Lot(params, places, spans, states, means, squares, counts, usuals, steps, usual, sharded)
+
+
+def _state_of(p: Tensor, state: States) -> dict[str, Any]:
     """The state of a parameter, in its dtype and on its device, which the user may have changed."""
     known = state.get(p, {})
     if not known:
@@ -82,6 +161,9 @@ def _state_of(p: Tensor, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[
         known |= {key: known[key].to(p.device, p.dtype) for key in ("exp_avg", "exp_avg_sq")}
         known["step"] = known["step"].to(p.device)
         known["usual"] = _usual_of(p, known)
+    for key in ("exp_avg", "exp_avg_sq"):
+        if not known[key].is_contiguous():
+            known[key] = known[key].contiguous()
     if "usual" not in known:  # taken over from torch's AdamW, which has no guard
         known["usual"] = _usual_of(p, known)
     if known["exp_avg"].shape != p.shape:  # the fused step would read memory that is not its own
@@ -98,34 +180,31 @@ def _usual_of(p: Tensor, known: Mapping[str, Any]) -> Tensor:
     return known["usual"].to(p.device, wide) if "usual" in known else torch.zeros((), dtype=wide, device=p.device)
 
 
-def _step(
-    params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[dict[str, Any]], group: dict[str, Any]
+def _fused(
+    params: list[Tensor],
+    grads: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    counts: list[Tensor],
+    group: Mapping[str, Any],
 ) -> None:
-    moments = [[s[key] for s in states] for key in ("exp_avg", "exp_avg_sq")]
-    written = [placement.locals_of(tensors) for tensors in (params, *moments)]
-    # The fused step goes through memory and ignores strides: what is not contiguous is stepped as a copy.
-    plain = [[x if x.is_contiguous() else x.contiguous() for x in tensors] for tensors in written]
+    """torch's kernel itself: its function around it takes several times as long for small parameters."""
     beta1, beta2 = group["betas"]
-    adamw(
-        plain[0],
-        [g.contiguous() for g in grads],
-        plain[1],
-        plain[2],
+    torch._fused_adamw_(
+        params,
+        [g if g.is_contiguous() else g.contiguous() for g in grads],
+        means,
+        squares,
         [],
-        [s["step"] for s in states],
-        fused=True,
-        amsgrad=False,
+        counts,
+        lr=group["lr"],
         beta1=beta1,
         beta2=beta2,
-        lr=group["lr"],
         weight_decay=group["weight_decay"],
         eps=group["eps"],
+        amsgrad=False,
         maximize=group["maximize"],
     )
-    for tensors, copies in zip(written, plain, strict=True):
-        for tensor, copy in zip(tensors, copies, strict=True):
-            if copy is not tensor:
-                tensor.copy_(copy)
 
 
 def _placed_as(p: Any, grad: Any) -> Tensor:

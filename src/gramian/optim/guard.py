@@ -11,8 +11,6 @@ AdamW's second moments, which step what is no hidden matrix, would keep the squa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -38,21 +36,38 @@ def init(m: Tensor) -> State:
 
 def limit_(g: Tensor, state: State) -> None:
     """Scales down, in place, each gradient (K, m, n) that is larger than ten times the usual; zeros change nothing."""
-    ratio = _compared(peak(g, (-2, -1)), state["usual"])
+    size, usual = peak(g, (-2, -1)), state["usual"]
+    if _is_ordinary(size, usual):
+        return
+    ratio = _compared(size, usual)
     # A GPU is not asked, since that would wait for it.
     if g.device.type != "cpu" or float(ratio.amax()) > MOST:
         g.mul_(_share(ratio))
 
 
-def limited(grads: Sequence[Tensor], sizes: Tensor, usual: Tensor) -> Sequence[Tensor]:
+def limited(grads: list[Tensor], sizes: Tensor, usual: Tensor) -> list[Tensor]:
     """The gradients, each scaled down where its size (P,) is more than ten times the usual (P,).
 
     Those of the user stay as they are, and nothing is copied where nothing is larger. The usual sizes follow in place.
     """
+    if _is_ordinary(sizes, usual):
+        return grads
     ratio = _compared(sizes.clamp_max(torch.finfo(sizes.dtype).max), usual)
     if float(ratio.amax()) <= MOST:  # on a GPU too, which has just been asked which gradients are finite
         return grads
     return [g if share == 1 else g * share for g, share in zip(grads, _share(ratio).tolist(), strict=True)]
+
+
+def _is_ordinary(size: Tensor, usual: Tensor) -> bool:
+    """Whether all sizes are known to be as usual, none of them zero; the usual sizes then follow, as in `_compared`."""
+    if size.device.type != "cpu":
+        return False
+    ratio = size / usual
+    least, most = ratio.aminmax()
+    if not (float(least) > 0 and float(most) <= MOST):
+        return False
+    usual.mul_(ratio.pow_(FOLLOW).clamp_(SLOWEST, FASTEST))
+    return True
 
 
 def _compared(size: Tensor, usual: Tensor) -> Tensor:

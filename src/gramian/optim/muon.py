@@ -64,7 +64,11 @@ def _advanced(g: Tensor, momentum: Tensor, context: StepContext) -> Tensor:
     if not context.all_alive or g.device.type != "cpu":
         average(momentum, g, beta, context)
         return look_ahead(g, momentum, beta, context)
-    for part, mean in zip(g.view(-1).split(PART), momentum.view(-1).split(PART), strict=True):
+    if g.numel() <= PART:
+        parts = [(g, momentum)]
+    else:
+        parts = zip(g.view(-1).split(PART), momentum.view(-1).split(PART), strict=True)
+    for part, mean in parts:
         average(mean, part, beta, context)
         look_ahead(part, mean, beta, context)
     return g if context.options["nesterov"] else momentum

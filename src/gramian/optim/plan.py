@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gramian.optim.rates import by_kind
+from gramian.optim.adamw import Rest
+from gramian.optim.rates import Kind, by_kind, full_rates, rest_groups
 from gramian.optim.route import Route
 from gramian.optim.stacks import Stack, State
 
@@ -33,13 +34,34 @@ class Plan:
         self.matrices = [r.parameter for r in self.kinds.get("matrix", [])]
         self.options: dict[str, Any] = {}  # as they were checked last
         self.stacks: list[Stack] | None = None
+        self.rest = Rest()
         self.present: list[bool] = []  # which of the parameters have a gradient
+        self.stepped: dict[Kind, list[Tensor]] = {}  # those, by kind
         self._made_for: tuple[list[bool], int] = ([], 0)
+        self._rates: tuple[list[Any], dict[Kind, float]] = ([], {})
+
+    def see(self, present: list[bool]) -> None:
+        """Takes note of which parameters have a gradient in this step."""
+        if present != self.present:
+            having = set(compress(self.params, present))
+            self.stepped = {
+                kind: [r.parameter for r in routes if r.parameter in having] for kind, routes in self.kinds.items()
+            }
+        self.present = present
 
     @property
-    def stepped(self) -> list[Tensor]:
-        """The parameters that have a gradient."""
-        return list(compress(self.params, self.present))
+    def grads(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients of the matrices, and of the rest."""
+        matrices = [p.grad for p in self.stepped.get("matrix", [])]
+        rest = [p.grad for kind, params in self.stepped.items() if kind != "matrix" for p in params]
+        return matrices, rest  # type: ignore[return-value]
+
+    def rest_groups(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What AdamW steps of the group now."""
+        given = [group[key] for key in ("full_lr", "rest_lr", "scale", "num_matrices")]
+        if given != self._rates[0]:
+            self._rates = given, full_rates(group, self.kinds)
+        return rest_groups(group, self._rates[1], self.stepped)
 
     def of(self, params: Sequence[Tensor]) -> bool:
         """Whether these are its parameters."""

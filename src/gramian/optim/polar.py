@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gramian import placement
 from gramian.linalg.engine.cost import Constants, Operations, defaults, predict
+from gramian.linalg.polar_factor.few_operations import few_operations, is_small
 from gramian.linalg.polar_factor.few_passes import PAIRED_FROM, few_passes
 from gramian.linalg.polar_factor.newton_schulz import composed
 from gramian.linalg.polar_factor.zolotarev import LEAST, fractions, zolotarev
@@ -49,6 +50,8 @@ class Approach(NamedTuple):
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The polar factor of each matrix, roughly; in `out`, which may be x, if that is given."""
+        if self.method in FIRST and self.dtype == "float32" and x.device.type == "cpu" and is_small(*x.shape[-2:]):
+            return few_operations(x, low=self.low, steps=self.steps, first=FIRST[self.method], out=out)
         dtype = getattr(torch, self.dtype)
         if self.method in FIRST:
             return few_passes(x, low=self.low, steps=self.steps, first=FIRST[self.method], dtype=dtype, out=out)

@@ -10,7 +10,7 @@ from torch import Tensor
 from gramian.optim.route import Route
 from gramian.optim.scaling import usual_kernel_lr, usual_table_lr
 
-__all__ = ["by_kind", "full_rate", "rates_of", "rest_groups"]
+__all__ = ["Kind", "by_kind", "full_rate", "full_rates", "rates_of", "rest_groups"]
 
 Kind = Literal["matrix", "table", "kernel", "vector"]
 
@@ -43,12 +43,9 @@ def by_kind(routes: Iterable[Route]) -> dict[Kind, list[Route]]:
     return kinds
 
 
-def _rates(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> dict[Kind, float]:
-    """The rate of each kind now.
-
-    AdamW's are those of the full `lr`, times the factor by which a schedule has changed that.
-    """
-    lr, full, rest = float(group["lr"]), group["full_lr"], group["rest_lr"]
+def full_rates(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> dict[Kind, float]:
+    """AdamW's rate of each kind at the full `lr`."""
+    full, rest = group["full_lr"], group["rest_lr"]
     spectral = group["scale"] == "spectral"
     usual = rest is None and spectral
     if rest is None:
@@ -61,31 +58,41 @@ def _rates(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> dict[
     if spectral and group["num_matrices"]:
         # Vectors of all layers move at once, as the matrices do, so that they share the change of the function too.
         rates["vector"] = min(rest, full / group["num_matrices"])
-    factor = lr / full
-    scaled: dict[Kind, float] = {kind: rate * factor for kind, rate in rates.items()}
-    scaled["matrix"] = lr
-    return scaled
+    return rates
 
 
 def rates_of(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> dict[Tensor, float]:
-    """The rate at which each parameter of a group steps now."""
+    """The rate at which each parameter of a group steps now.
+
+    AdamW's are those of the full `lr`, times the factor by which a schedule has changed that.
+    """
     kinds = by_kind(routes[p] for p in group["params"])
-    rates = _rates(group, kinds)
+    lr = float(group["lr"])
+    rates: dict[Kind, float] = {k: rate * (lr / group["full_lr"]) for k, rate in full_rates(group, kinds).items()}
+    rates["matrix"] = lr
     return {r.parameter: rates[kind] for kind, members in kinds.items() for r in members}
 
 
-def rest_groups(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> list[dict[str, Any]]:
-    """What AdamW steps of a group, as groups for `step_adamw`. Vectors do not decay."""
-    rates = _rates(group, kinds)
+def rest_groups(
+    group: Mapping[str, Any], rates: Mapping[Kind, float], members: Mapping[Kind, list[Tensor]]
+) -> list[dict[str, Any]]:
+    """What AdamW steps of a group, by kind, as groups for `Rest.step`. Vectors do not decay.
+
+    Args:
+        group: the parameter group.
+        rates: `full_rates` of it.
+        members: the parameters of each kind.
+    """
+    factor = float(group["lr"]) / group["full_lr"]
     return [
         {
-            "params": [r.parameter for r in members],
-            "lr": rates[kind],
+            "params": params,
+            "lr": rates[kind] * factor,
             "weight_decay": 0.0 if kind == "vector" else group["rest_weight_decay"],
             "betas": group["rest_betas"],
             "eps": group["rest_eps"],
             "maximize": group["maximize"],
         }
-        for kind, members in kinds.items()
+        for kind, params in members.items()
         if kind != "matrix"
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = [
     "for_short_run",
     "num_in_sequence",
     "rescale_",
+    "step_length",
     "usual_kernel_lr",
     "usual_lr",
     "usual_table_lr",
@@ -122,6 +123,16 @@ def usual_kernel_lr(num_taps: Iterable[int]) -> float:
     (0.003, 0.03, 0.0163)
     """
     return min(KERNEL_LR[1], max(KERNEL_LR[0], KERNEL_STEP / max(num_taps, default=1)))
+
+
+def step_length(shape: Sequence[int], scale: str, num_matrices: int) -> float:
+    """The s of a matrix (..., m, n): the length of its step at `lr=1`, by the rule that the option `scale` names.
+
+    >>> step_length((4, 16), "spectral", 2), step_length((4, 16), "match_rms_adamw", 2)
+    (0.25, 0.8)
+    """
+    m, n = shape[-2:]
+    return math.sqrt(m / n) / num_matrices if scale == "spectral" else 0.2 * math.sqrt(max(m, n))
 
 
 def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,24 +19,21 @@ from gramian.placement.shards import spread_of
 __all__ = ["Sharding", "finite_norms", "not_finite", "whole_norms"]
 
 
-def finite_norms(params: Sequence[Tensor]) -> dict[Tensor, Tensor] | None:
-    """The norm of each parameter's gradient, if these show that all gradients and their squares are finite.
+def finite_norms(grads: list[Tensor]) -> Tensor | None:
+    """The norm of each gradient, (P,), if these show that all of them and their squares are finite.
 
     Where it is `None`, `not_finite` tells which are not, if any: it asks the other ranks too, and a GPU without
     waiting.
     """
-    grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
-    if any(type(g) is not Tensor or g.device.type != "cpu" for g in grads):
+    if not grads or any(type(g) is not Tensor or g.device.type != "cpu" for g in grads):
         return None
-    norms = torch._foreach_norm(grads) if grads else ()
-    of_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for norm in norms:
-        of_dtype.setdefault(norm.dtype, []).append(norm)
-    for dtype, same in of_dtype.items():
-        # A norm in bfloat16 or float16 is rounded by far less than the factor of two. The largest is NaN if one is.
-        if not float(torch.stack(same).amax()) < torch.finfo(dtype).max ** 0.5 / 2:
-            return None
-    return dict(zip(params, norms, strict=True))
+    norms = torch._foreach_norm(grads)
+    dtypes = {norm.dtype for norm in norms}
+    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    found = torch.stack([norm.to(wide) for norm in norms] if dtypes != {wide} else norms)
+    # A norm in bfloat16 or float16 is rounded by far less than the factor of two. The largest is NaN if one is.
+    most = min(torch.finfo(dtype).max for dtype in dtypes) ** 0.5 / 2
+    return found if float(found.amax()) < most else None
 
 
 def whole_norms(grads: Sequence[Tensor]) -> list[Tensor]:

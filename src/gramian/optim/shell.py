@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,15 +9,14 @@ import torch
 from torch import Tensor
 
 from gramian.errors import InputError
-from gramian.optim.adamw import step_adamw
 from gramian.optim.guard import limit_
 from gramian.optim.health import Row, measure
 from gramian.optim.parameters import check_not_replaced, check_step
 from gramian.optim.plan import Plan
-from gramian.optim.rates import rest_groups
 from gramian.optim.recipe import StepContext
 from gramian.optim.refresh import due, stagger
 from gramian.optim.saved import Saved
+from gramian.optim.scaling import step_length
 from gramian.optim.sharding import finite_norms, not_finite
 from gramian.optim.stacks import Stack, alike
 from gramian.rows import NamedRows
@@ -101,13 +99,18 @@ class MatrixOptimizer(Saved):
             with torch.enable_grad():
                 loss = closure()
         plans = self._prepared()
-        norms = finite_norms([p for plan in plans for p in plan.stepped])
+        grads = [plan.grads for plan in plans]
+        norms = finite_norms([g for both in grads for part in both for g in part])
         self._skipped.begin()
         with self._clock.timed([g for g, plan in zip(self.param_groups, plans, strict=True) if plan.matrices]):
             for group, plan in zip(self.param_groups, plans, strict=True):
                 self._step_matrices(group, plan, finite=norms is not None)
-            rest = [own for g, plan in zip(self.param_groups, plans, strict=True) for own in rest_groups(g, plan.kinds)]
-            self._count(*step_adamw(rest, self.state, norms))
+            start = 0
+            for group, plan, (matrices, rest) in zip(self.param_groups, plans, grads, strict=True):
+                start += len(matrices)
+                sizes = None if norms is None else norms[start : start + len(rest)]
+                self._count(*plan.rest.step(plan.rest_groups(group), self.state, sizes))
+                start += len(rest)
         return loss
 
     def _prepared(self) -> list[Plan]:
@@ -122,7 +125,7 @@ class MatrixOptimizer(Saved):
             if changed:
                 self._check({key: group[key] for key in changed})
                 plan = self._plans[number] = self._with_options(group, plan, changed)
-            plan.present = check_step(plan.params, plan.routes)
+            plan.see(check_step(plan.params, plan.routes))
             plans.append(plan)
         num_missing = sum(plan.present.count(False) for plan in plans)
         model = self._model() if self._model is not None else None
@@ -161,7 +164,7 @@ class MatrixOptimizer(Saved):
         return new_plan
 
     def _step_matrices(self, group: dict[str, Any], plan: Plan, *, finite: bool) -> None:
-        params = [p for p in plan.matrices if p.grad is not None and p.grad.numel()]
+        params = plan.stepped.get("matrix", [])
         if params:
             bad = None if finite else not_finite([p.grad for p in params])  # type: ignore[misc]
             self._count(params, bad)
@@ -169,11 +172,12 @@ class MatrixOptimizer(Saved):
             flags = None if bad is None else dict(zip(params, bad.unbind(), strict=True))
             keep = _decay(params, bad, float(group["lr"]) * group["weight_decay"])
             for stack in self._current(group, plan, grads):
-                update = self._step_stack(stack, group, grads, flags)
+                given = [grads.get(p) for p in stack.params]
+                update = self._step_stack(stack, group, given, flags)
                 if self._sharding:
                     updates.update(zip(stack.params, stack.unstacked(update), strict=True))
                 else:  # at once, while it lies in the cache and in memory that the next stack takes
-                    stack.add_(update, [p in grads for p in stack.params], keep)
+                    stack.add_(update, [g is not None for g in given], keep)
             if self._sharding:
                 self._sharding.add_(params, updates, keep)
         if plan.matrices:
@@ -199,16 +203,15 @@ class MatrixOptimizer(Saved):
         return stacks
 
     def _step_stack(
-        self, stack: Stack, group: dict[str, Any], grads: Mapping[Tensor, Tensor], flags: Mapping[Tensor, Tensor] | None
+        self, stack: Stack, group: dict[str, Any], grads: list[Tensor | None], flags: Mapping[Tensor, Tensor] | None
     ) -> Tensor:
         """The update of the stack's matrices (K, m, n), which is still to be added."""
-        params = stack.params
-        g = stack.stacked([grads.get(p) for p in params], lasting=bool(self._sharding))
+        g = stack.stacked(grads, lasting=bool(self._sharding))
         if group["maximize"]:
             g.neg_()
         bad = None
-        if flags is not None or any(p not in grads for p in params):
-            bad = stack.repeated(_bad(params, grads, flags, g.device))
+        if flags is not None or any(given is None for given in grads):
+            bad = stack.repeated(_bad(stack.params, grads, flags, g.device))
             # Bad gradients are masked on the device, without synchronizing; on a CPU, it costs nothing to look first.
             if g.device.type != "cpu" or bool(bad.any()):
                 g.masked_fill_(bad, 0.0)
@@ -222,6 +225,8 @@ class MatrixOptimizer(Saved):
         if bad is not None:
             factors.mul_(alive)
         # In place where the direction is new: another tensor of that size costs more than the product.
+        if direction is g:
+            return g.mul_(factors)
         memory = direction.untyped_storage().data_ptr()
         kept = any(buffer.untyped_storage().data_ptr() == memory for buffer in stack.state.values())
         return direction * factors if kept else direction.mul_(factors)
@@ -230,7 +235,7 @@ class MatrixOptimizer(Saved):
         """The s of each matrix, (K, 1, 1)."""
         given = group["scale"], group["num_matrices"]
         if stack.scaled_for != given:
-            values = [_scale(r.matrices, *given) for r in stack.routes]
+            values = [step_length(r.matrices, *given) for r in stack.routes]
             stack.scaled_for = given
             stack.scales = stack.repeated(torch.tensor(values, dtype=stack.dtype, device=stack.device))
         return stack.scales
@@ -283,20 +288,15 @@ class MatrixOptimizer(Saved):
         return rows
 
 
-def _scale(shape: Sequence[int], scale: str, num_matrices: int) -> float:
-    m, n = shape[-2:]
-    return math.sqrt(m / n) / num_matrices if scale == "spectral" else 0.2 * math.sqrt(max(m, n))
-
-
 def _bad(
     params: Sequence[Tensor],
-    grads: Mapping[Tensor, Tensor],
+    grads: Sequence[Tensor | None],
     flags: Mapping[Tensor, Tensor] | None,
     device: torch.device,
 ) -> Tensor:
     """Which parameters have no finite gradient in this step (P,)."""
     if flags is None:
-        return torch.tensor([p not in grads for p in params], device=device)
+        return torch.tensor([g is None for g in grads], device=device)
     missing = torch.ones_like(next(iter(flags.values())))
     return torch.stack([flags.get(p, missing) for p in params]).to(device)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramian import placement
 from gramian.errors import InputError
-from gramian.linalg.engine.workspace import scratch
+from gramian.linalg.engine.workspace import is_kept, scratch
 from gramian.optim.route import Route
 
 __all__ = ["Stack", "State", "alike"]
@@ -47,8 +47,8 @@ class Stack:
     """K matrices (m, n) of one or more parameters, and their state as tensors `(K, …)`.
 
     The state of each parameter is a view of these, of shape `(*its number of matrices, …)`, so that both change
-    together. `fresh` (K,) says which matrices lacked a part of their state before this step. A stack is `simple` where
-    each parameter is one matrix as it is.
+    together. `fresh` (K,) says which matrices lacked a part of their state before this step. It is `in_order` where
+    each parameter holds its matrices in the order of its entries, so that they are views of the stack in its shape.
     """
 
     def __init__(
@@ -65,7 +65,10 @@ class Stack:
         self.views: list[State] = [{} for _ in routes]
         self.scaled_for: object = None  # what `scales`, the lengths of the steps (K, 1, 1), were computed from
         self.scales = self.alive = torch.ones(self.shape[0], 1, 1, dtype=self.dtype, device=self.device)
-        self.simple = all(r.layout is not None and r.layout.is_identity and r.parameter.ndim == 2 for r in routes)
+        self.in_order = all(map(_is_reshaped, routes))
+        self.is_plain = not any(hasattr(r.parameter, "placements") for r in routes)
+        self._buffer: Tensor | None = None  # the memory for the gradients, and views of it in the parameters' shapes
+        self._shaped: list[Tensor] = []
         self.fresh = torch.zeros(self.shape[0], dtype=torch.bool)
         self.phases = torch.zeros(self.shape[0], dtype=torch.long)  # the step of a cycle in which each matrix is due
         for name, buffer in self.state.items():
@@ -99,8 +102,8 @@ class Stack:
         """
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device) if lasting else self._scratch()
         known = [tensor for tensor in tensors if tensor is not None]
-        if self.simple and len(known) == len(tensors):
-            torch._foreach_copy_(out.unbind(), known)
+        if self.in_order and len(known) == len(tensors):
+            torch._foreach_copy_(self._as_params(out), known)
             return out
         for r, tensor, into in zip(self.routes, tensors, out.split(self.counts), strict=True):
             if tensor is None:
@@ -110,12 +113,22 @@ class Stack:
         return out
 
     def _scratch(self) -> Tensor:
-        return scratch("stack", self.shape, self.dtype, self.alive)
+        found = scratch("stack", self.shape, self.dtype, self.alive)
+        if self.in_order and found is not self._buffer and is_kept(found):
+            self._shaped = self._as_params(found)
+            self._buffer = found
+        return found
+
+    def _as_params(self, x: Tensor) -> list[Tensor]:
+        """Matrices (K, m, n) that are `in_order` as views of each parameter's shape."""
+        if x is self._buffer:
+            return self._shaped
+        return [part.view(p.shape) for p, part in zip(self.params, x.split(self.counts), strict=True)]
 
     def unstacked(self, matrices: Tensor) -> list[Tensor]:
         """Matrices (K, m, n) as one tensor for each parameter, of its shape; views where layouts allow."""
-        if self.simple:
-            return list(matrices.unbind())
+        if self.in_order:
+            return self._as_params(matrices)
         parts = zip(self.routes, matrices.split(self.counts), strict=True)
         return [r.layout.join(part.view(_matrices(r))) for r, part in parts]  # type: ignore[union-attr]
 
@@ -124,15 +137,17 @@ class Stack:
 
         To the matrices that a parameter is made of, as they lie in it, where they are views.
         """
-        params = placement.locals_of(list(compress(self.params, present)))
+        params = list(compress(self.params, present))
+        if not self.is_plain:
+            params = placement.locals_of(params)
         if not params:
             return
         if not isinstance(keep, float | int):
             torch._foreach_mul_(params, [keep[p].to(self.device) for p in compress(self.params, present)])
         elif keep != 1:
             torch._foreach_mul_(params, keep)
-        if self.simple:
-            targets, steps = params, list(compress(update.unbind(), present))
+        if self.in_order:
+            targets, steps = params, list(compress(self._as_params(update), present))
         else:
             targets, steps = [], []
             parts = list(zip(self.routes, update.split(self.counts), strict=True))
@@ -143,12 +158,20 @@ class Stack:
                     target, step = p, layout.join(step)  # type: ignore[union-attr]
                 targets.append(target)
                 steps.append(step)
-        torch._foreach_add_(targets, [step.to(self.param_dtype) for step in steps])
+        if self.param_dtype != self.dtype:
+            steps = [step.to(self.param_dtype) for step in steps]
+        torch._foreach_add_(targets, steps)
 
     def repeated(self, values: Tensor) -> Tensor:
         """One value for each matrix, (K, 1, 1), from one for each parameter."""
         counts = torch.tensor(self.counts, device=values.device)
         return values.repeat_interleave(counts, output_size=self.shape[0]).view(-1, 1, 1)
+
+
+def _is_reshaped(r: Route) -> bool:
+    """Whether the entries of the matrices follow each other as in the parameter, so that a reshape gives them."""
+    assert r.layout is not None
+    return sum(r.layout.dims, ()) == sum(r.layout.sides, ())
 
 
 def _matrices(r: Route) -> tuple[int, ...]:

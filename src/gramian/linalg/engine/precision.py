@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,7 +24,7 @@ FULL = ("ieee", "none")
 
 
 class _Kept:
-    """Settings of the process that are full precision as long as any thread needs them to be."""
+    """Settings of the process that are full precision as long as any thread needs them to be: inside the context."""
 
     def __init__(self, *places: tuple[Any, str]) -> None:
         found = (getattr(backend, name, None) for backend, name in places)
@@ -33,20 +33,18 @@ class _Kept:
         self.lock, self.inside = threading.Lock(), 0
         self.before: list[tuple[Any, str]] = []
 
-    @contextmanager
-    def full(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         with self.lock:
             if self.inside == 0:
                 self.before = [_raised(x) for x in self.settings if x.fp32_precision not in FULL]
             self.inside += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.inside -= 1
-                if self.inside == 0:
-                    for setting, value in self.before:
-                        setting.fp32_precision = value
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                for setting, value in self.before:
+                    setting.fp32_precision = value
 
 
 def _raised(setting: Any) -> tuple[Any, str]:
@@ -63,14 +61,20 @@ _PRODUCTS = _Kept((_backends.mkldnn, "matmul"), (_backends.cuda, "matmul"))
 _LAYERS = _Kept(*((backend, name) for backend in (_backends.mkldnn, _backends.cudnn) for name in ("conv", "rnn")))
 
 
-full_products = _PRODUCTS.full
-"""A context in which float32 products are not narrowed, in any thread, since torch's setting is one for the process."""
+def full_products() -> AbstractContextManager[None]:
+    """A context in which float32 products are not narrowed, in any thread, since torch's setting is of the process."""
+    return _PRODUCTS
+
+
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """A context in which products on devices of that kind are in the dtype of their factors."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Like `full_products`, where a model is run to measure it: convolutions and recurrence are not narrowed either."""
-    with _PRODUCTS.full(), _LAYERS.full():
+    with _PRODUCTS, _LAYERS:
         yield
 
 

@@ -37,6 +37,11 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor)
     return found
 
 
+def is_kept(x: Tensor) -> bool:
+    """Whether a tensor that `scratch` gave will be given again."""
+    return type(x) is Tensor and x.device.type == "cpu" and x.untyped_storage().nbytes() <= MOST_BYTES
+
+
 def release() -> None:
     """Gives back what this thread keeps."""
     _POOL.__dict__.clear()

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gramian.linalg.engine.precision import without_autocast
 from gramian.linalg.engine.scaling import unit_peak
 from gramian.linalg.polar_factor.zolotarev import CHUNK
 
@@ -121,15 +122,15 @@ def in_parts(a: Tensor, run: Callable[[Tensor], Tensor], out: Tensor | None = No
 
     Written to `out`, if it is given, which may be `a` itself.
     """
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-        x = a.detach().reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
+    with torch.no_grad(), without_autocast(a.device.type):
+        x = a.detach() if a.ndim == 3 else a.detach().reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
         if not x.numel():
             return a.clone()
         few = max(1, CHUNK // x[0].numel()) if x.device.type == "cpu" else len(x)
         found = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out.view(x.shape)
         for part, place in zip(x.split(few), found.split(few), strict=True):
             place.copy_(run(part))
-        return found.reshape(a.shape)
+        return found.reshape(a.shape) if out is None else out
 
 
 def _composed(x: Tensor, coefficients: tuple[tuple[float, ...], ...]) -> Tensor:
