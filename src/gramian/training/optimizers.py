@@ -55,6 +55,7 @@ def choose(
         lr = None
     if lr is not None:
         check("lr", lr, lambda x: 0 <= x < math.inf, "zero, a positive number or 'auto'")
+        lr = float(lr)
     if not isinstance(optimizer, str):
         if lr is None and found.needs_rate:
             raise InputError(f"train: {name} needs a learning rate; give lr=")

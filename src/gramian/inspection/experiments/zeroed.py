@@ -41,6 +41,7 @@ class _Product:
     shape: tuple[int, ...] | None  # of the zeros; `None` for a number
     name: str  # of the parameter or buffer that they are
     is_parameter: bool
+    number: float | None  # the other factor, where it is one number
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ class _Products(Follower):
                         found = self.names.get(id(zeros)) or self.names.get(
                             id(getattr(zeros, "_base", None)), ("", False)
                         )
-                        self.found[self.count] = _Product(place, shape, *found)
+                        other = args[1 - at].detach()
+                        number = float(other) if other.ndim == 0 else None
+                        self.found[self.count] = _Product(place, shape, *found, number)
             self.count += 1
         return func(*args, **kwargs)
 
@@ -124,8 +127,8 @@ def find_zeroed(
     """Find out whether gradients are exactly zero because a value is multiplied by zeros that nothing trains.
 
     The loss is computed again with ones in the place of the zeros: a gradient that arrives then, and is zero in all
-    batches as they are, was kept out by them. One that is the same for two batches does not depend on the data: it is
-    that of `0 * parameter.sum()`, which is added so that a parameter has a gradient.
+    batches as they are, was kept out by them. What does not depend on the data is `0 * parameter.sum()`, added so that
+    a parameter has a gradient: the number that is multiplied by zero is the same for two batches, or the gradient is.
 
     Args:
         model: in its own mode; left as it was.
@@ -146,10 +149,15 @@ def find_zeroed(
     first, *others = observed.batches
     second = others[0] if others else first_samples(first, max(1, num_samples(first) // 2))
     with training(model):
-        products = _run(model, first, objective)[1]
-        if not products.found:
+        found = _run(model, first, objective)[1].found
+        if any(product.number is not None for product in found.values()):
+            again = _run(model, second, objective)[1].found
+            found = {
+                i: p for i, p in found.items() if p.number is None or i not in again or again[i].number != p.number
+            }
+        if not found:
             return None
-        one, two = (_gradients(model, batch, objective, still, products.found) for batch in (first, second))
+        one, two = (_gradients(model, batch, objective, still, found) for batch in (first, second))
         starved = {n: p for n, p in still.items() if bool(one[n].any()) and not torch.equal(one[n], two[n])}
         for i in range(DRAWS):  # what is drawn, as the layers that stochastic depth leaves out, is drawn anew
             if starved:
@@ -158,12 +166,12 @@ def find_zeroed(
                 starved = {n: p for n, p in starved.items() if not bool(gradients[n].any())}
         if not starved:
             return None
-        for number, product in products.found.items():  # the first that alone lets a gradient through, if one does
-            gradients = _gradients(model, first, objective, starved, (number,))
+        for i, product in found.items():  # the first that alone lets a gradient through, if one does
+            gradients = _gradients(model, first, objective, starved, (i,))
             opened = tuple(n for n in starved if bool(gradients[n].any()))
             if opened:
                 return Zeroed(*_fields(product), opened, len(trained))
-    product = next(iter(products.found.values()))
+    product = next(iter(found.values()))
     return Zeroed(*_fields(product), tuple(starved), len(trained))
 
 
