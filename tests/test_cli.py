@@ -331,7 +331,7 @@ def test_train_shows_how_it_goes_and_keeps_the_model(folder, capsys) -> None:
 def test_train_says_what_it_did_to_a_network_that_cannot_learn(folder, capsys) -> None:
     out = run(capsys, "train", "task.py:deep", "--steps", "2", "--optimizer", "muon", "--seed", "1")[1]
     assert "isometric: Gain " in out
-    assert "muon, learning rate 0.9" in out
+    assert "muon, learning rate 0.3464" in out
     assert out.endswith("The model was not saved; --out DIR saves it.\n")
 
 

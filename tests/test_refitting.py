@@ -208,13 +208,15 @@ def test_low_precision_and_autocast(dtype):
     batches = [draw(64, 6, 16, seed=i) for i in range(8)]
     small = gm.compress(net, batches, SELF).at(keep=0.3, of="factorable").apply()
     new = draw(256, 6, 16, seed=50)
+    wide = distance(gm.refit(small, net, batches, SELF), net, new)
+    assert wide < 0.95 * distance(small, net, new)
     with torch.autocast("cpu", dtype):
         better = gm.refit(small, net, batches, SELF)
-    assert distance(better, net, new) < 0.95 * distance(small, net, new)
+    assert distance(better, net, new) < min(1.15 * wide, distance(small, net, new))
     low = [copy.deepcopy(one).to(dtype) for one in (small, net)]
     better = gm.refit(*low, [b.to(dtype) for b in batches], SELF)
     assert {p.dtype for p in better.parameters()} == {dtype}
-    assert distance(better.float(), net, new) < 0.95 * distance(small, net, new)
+    assert distance(better.float(), net, new) < min(1.15 * wide, distance(small, net, new))
 
 
 def test_the_command_refits_where_that_is_better():
