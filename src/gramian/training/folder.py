@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gramian.checkpoint import load_tensors, load_tree, open_checkpoint, save_tensors, verify_file
 from gramian.checkpoint.faults import plain
+from gramian.checkpoint.folders import CHECKPOINT
 from gramian.checkpoint.trees import TREE, pack_tree
 from gramian.errors import CheckpointError, GramianWarning, InputError
 from gramian.report import write_text
@@ -26,7 +27,7 @@ from gramian.training.owned import Owned
 
 __all__ = ["CHECKPOINT", "FORMAT", "METRICS", "MODEL", "PREVIOUS", "Folder", "read"]
 
-CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
 METRICS, MODEL = "metrics.jsonl", "model.safetensors"
 
 # Of checkpoints and finished runs; to be raised when their content changes so that an older one cannot be resumed.
