@@ -25,7 +25,7 @@ from gramian.report import write_text
 from gramian.training.lock import locked
 from gramian.training.owned import Owned
 
-__all__ = ["CHECKPOINT", "FORMAT", "METRICS", "MODEL", "PREVIOUS", "Folder", "read"]
+__all__ = ["CHECKPOINT", "FORMAT", "METRICS", "MODEL", "PREVIOUS", "Folder", "holds_finished", "read"]
 
 PREVIOUS = "checkpoint.previous.safetensors"
 METRICS, MODEL = "metrics.jsonl", "model.safetensors"
@@ -47,6 +47,9 @@ FIRST_LINE = '{"step": '
 
 # What stands for an option of a run that is not among its settings.
 UNSET = "the default"
+
+# How a finished model is trained further (docs/train.md).
+FURTHER = "To train its model further, load it in a task's model() (gramian.checkpoint.load_into)"
 
 EVERY_SECONDS = 30.0
 
@@ -277,6 +280,11 @@ def _not_ours(shown: Path) -> str:
     return f"train: {shown} is not from a run of gramian, and would be overwritten. Move it, or choose another folder"
 
 
+def holds_finished(place: str | Path) -> str:
+    """The line that refuses a new run in the folder of a finished one, and says how its model is trained further."""
+    return f"train: {place} holds a finished run. Choose another folder, or delete {MODEL} there. {FURTHER}"
+
+
 def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dict[str, Any] | None:
     """Return the state of the run in a folder, whose key `finished` says whether it is done; `None` if there is no run.
 
@@ -309,7 +317,7 @@ def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dic
     if differing:
         raise InputError(
             f"train: cannot resume, the run in {shown} is of {'; '.join(differing)}. Give the settings that it began "
-            "with, or choose another folder"
+            f"with, or choose another folder{f'. {FURTHER}' if finished else ''}"
         )
     return state | {"finished": finished, "damage": damage}
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from gramian.errors import GramianError, InputError, TaskError
 from gramian.loader import as_batches
+from gramian.misuse import known_names
 from gramian.objective import Objective
 from gramian.report import HeatMap, Picture, Table
 from gramian.report.serial import jsonable
@@ -101,6 +102,9 @@ class Task:
         return batches
 
 
+Task.__init__ = known_names("Task", batches="train_batches", loader="train_batches", loss="objective")(Task.__init__)
+
+
 @dataclass
 class Run:
     """A training run: the model, the evaluations, and the settings used.
@@ -115,6 +119,8 @@ class Run:
         out: the folder it was written to.
         optimizer: name of the optimizer.
         lr: its learning rate.
+        rate_from: where that comes from: `"given"`, `"suggested"`, or `"the usual one"`, with the number of steps where
+            it depends on them.
         rate: the learning rate of the last step.
         init: what was done to the model's own initialization, and why.
         resumed: the step at which the run was resumed; 0 if it was not.
@@ -134,6 +140,7 @@ class Run:
     out: Path | None = None
     optimizer: str = ""
     lr: float = 0.0
+    rate_from: str = ""
     rate: float = 0.0
     init: str = ""
     resumed: int = 0
