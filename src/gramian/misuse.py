@@ -111,7 +111,7 @@ def known_names(name: str, **meant: str) -> Callable[[Callable[P, R]], Callable[
 
     Args:
         name: of the function, for the error.
-        meant: words that others use for an argument, and its name here, as in `known_names("inspect", loss="objective")`.
+        meant: words that others use for an argument, and its name here, as in `loss="objective"`.
     Returns: a decorator, which keeps the function's signature and docstring.
     Raises:
         InputError: by the decorated function, where it gets a keyword that it lacks.

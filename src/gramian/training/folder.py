@@ -310,7 +310,7 @@ def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dic
             "with the version that began it, or choose another folder"
         )
     differing = [
-        f"{name} {plain(saved.get(name, UNSET), 1000)}, not {identity.get(name, UNSET)}"
+        f"{name} {plain(_setting(saved, name), 1000)}, not {_setting(identity, name)}"
         for name in (*identity, *(name for name in saved if name not in identity))  # options that are unset are in none
         if saved.get(name) != identity.get(name)
     ]
@@ -320,6 +320,12 @@ def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dic
             f"with, or choose another folder{f'. {FURTHER}' if finished else ''}"
         )
     return state | {"finished": finished, "damage": damage}
+
+
+def _setting(settings: dict[str, Any], name: str) -> Any:
+    """What a run's setting is, in words."""
+    value = settings.get(name, UNSET)
+    return "the usual one" if value == "usual" else value
 
 
 def _last_checkpoint(path: Path, shown: Path) -> tuple[Any, str]:

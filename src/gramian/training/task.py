@@ -24,7 +24,7 @@ from gramian.report.serial import jsonable
 from gramian.rows import Rows
 from gramian.training.interrupts import is_interruption
 
-__all__ = ["Run", "Task", "as_numbers", "as_task", "calling", "described", "is_of_user"]
+__all__ = ["Run", "Task", "as_numbers", "as_task", "calling", "described", "is_of_user", "named"]
 
 LIBRARY = str(Path(__file__).parents[1])
 
@@ -62,14 +62,14 @@ class Task:
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module) or not callable(self.model):
             raise TaskError(
-                f"task {self.name!r}: model must be a function that returns a fresh model, got "
+                f"{named(self)}: model must be a function that returns a fresh model, got "
                 f"{_kind(self.model)}. Write model=lambda: {type(self.model).__name__}(…), or model=the class"
             )
         if not callable(self.train_batches):
-            given = as_batches(self.train_batches, f"task {self.name!r}")
+            given = as_batches(self.train_batches, named(self))
             if isinstance(given, Iterator):
                 raise TaskError(
-                    f"task {self.name!r}: train_batches is {_kind(given)}, which serves one epoch only. Pass a "
+                    f"{named(self)}: train_batches is {_kind(given)}, which serves one epoch only. Pass a "
                     "DataLoader, list(...), or a function train_batches(epoch, generator) that makes it"
                 )
             object.__setattr__(self, "train_batches", lambda epoch, generator: given)
@@ -78,12 +78,12 @@ class Task:
                 raise TaskError(f"task: {field_name} must be text, got {getattr(self, field_name)!r}")
         if self.pictures is not None and not callable(self.pictures):
             raise TaskError(
-                f"task {self.name!r}: pictures must be a function pictures(model) -> [gm.report.Picture, …], got "
+                f"{named(self)}: pictures must be a function pictures(model) -> [gm.report.Picture, …], got "
                 f"{_kind(self.pictures)}"
             )
         if not callable(self.evaluate):
             raise TaskError(
-                f"task {self.name!r}: evaluate must be a function evaluate(model) -> {{'accuracy': …}}, got "
+                f"{named(self)}: evaluate must be a function evaluate(model) -> {{'accuracy': …}}, got "
                 f"{_kind(self.evaluate)}"
             )
 
@@ -98,7 +98,7 @@ class Task:
         with calling(self, "train_batches(0, generator)"):
             batches = list(islice(self.train_batches(0, torch.Generator().manual_seed(0)), num))
         if not batches:
-            raise TaskError(f"task {self.name!r}: train_batches(0, generator) gave no batches")
+            raise TaskError(f"{named(self)}: train_batches(0, generator) gave no batches")
         return batches
 
 
@@ -207,6 +207,15 @@ def _kind(value: Any) -> str:
     return f"the function {value.__name__}" if hasattr(value, "__name__") else f"a {type(value).__name__}"
 
 
+def named(task: Task) -> str:
+    """A task in an error's line.
+
+    >>> named(Task(nn.Identity, Objective(), [], dict, name="mine"))
+    "task 'mine'"
+    """
+    return "the task" if task.name == Task.name else f"task {task.name!r}"
+
+
 class calling:
     """A context that turns any exception from a function of the task, or without one of the user's, into a `TaskError`.
 
@@ -221,7 +230,7 @@ class calling:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, GramianError) and not is_interruption(error):
-            whose = "train" if self.task is None else f"task {self.task.name!r}"
+            whose = "train" if self.task is None else named(self.task)
             raise TaskError(f"{whose}: {self.function} raised {described(error)}") from error
 
 
@@ -270,7 +279,7 @@ def as_numbers(found: Any, task: Task) -> dict[str, float]:
         measured = {name: _number(value) for name, value in found.items()}
         if all(isinstance(name, str) and value is not None for name, value in measured.items()):
             return {name: value for name, value in measured.items() if value is not None}
-    raise TaskError(f"task {task.name!r}: evaluate(model) must return a dict of floats, got {_short(found)}")
+    raise TaskError(f"{named(task)}: evaluate(model) must return a dict of floats, got {_short(found)}")
 
 
 def _number(value: Any) -> float | int | None:
