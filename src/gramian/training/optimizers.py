@@ -75,7 +75,7 @@ def choose(
 
 def rate_from(
     optimizer: str | Callable[..., torch.optim.Optimizer],
-    lr: float | None,
+    lr: float | str | None,
     options: Options,
     steps: Callable[[], float],
 ) -> str:
