@@ -16,8 +16,11 @@ import torch
 from torch import nn
 
 import gramian as gm
+from gramian import tasks
 from gramian.checkpoint import load_tensors, save_tensors
 from gramian.cli import main
+from gramian.cli.common import with_task
+from gramian.errors import GramianWarning
 
 TASK = """
 import torch
@@ -376,6 +379,16 @@ def test_train_that_is_interrupted_and_not_kept_says_so(folder, capsys, monkeypa
 
     monkeypatch.setattr("gramian.training.train", interrupt)
     assert run(capsys, "train", "task.py:task", "--steps", "3") == (130, "", "gramian: interrupted\n")
+
+
+def test_a_folder_with_the_name_of_a_task_is_meant_beside_a_task(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = gm.train(tasks.TASKS["diabetes"].make(), optimizer="sgd", steps=1, out="diabetes").model
+    found = with_task("diabetes", "diabetes")
+    assert found is not None
+    assert all(map(torch.equal, found[0].state_dict().values(), trained.state_dict().values()))
+    with pytest.warns(GramianWarning, match="write ./diabetes --task diabetes"):
+        assert with_task("diabetes", None) is not None
 
 
 def test_an_error_of_the_task_is_one_line_and_told_from_divergence(folder, capsys) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -112,13 +114,24 @@ def test_small_depthwise_kernels_take_a_larger_usual_rate(taps: int, rate: float
     assert set(gm.optim.Muon(model, scale="match_rms_adamw", lr=2e-3).rates().values()) == {2e-3}
 
 
-def _chain(depth: int) -> nn.Sequential:
-    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)), nn.Linear(8, 2))
+def _chain(depth: int, *last: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)), *last, nn.Linear(8, 2))
 
 
 def test_the_usual_rate_of_muon_grows_with_the_square_root_of_depth() -> None:
-    rates = {depth: gm.optim.Muon(_chain(depth)).param_groups[0]["lr"] for depth in (1, 2, 8, 18, 300)}
-    assert rates == pytest.approx({1: 0.1, 2: 0.1, 8: 0.2, 18: 0.3, 300: 1.0})
+    """With a norm or gates; the steps of a plain network's matrices add up, and its rate grows to twice the base."""
+
+    def usual(params: Any) -> float:
+        return gm.optim.Muon(params).param_groups[0]["lr"]
+
+    for last, most in ((nn.LayerNorm(8), 1.0), (nn.BatchNorm1d(8), 1.0), (nn.Tanh(), 0.2)):
+        rates = {depth: usual(_chain(depth, last)) for depth in (1, 2, 8, 18, 300)}
+        assert rates == pytest.approx({1: 0.1, 2: 0.1, 8: 0.2, 18: min(0.3, most), 300: most})
+    assert usual(nn.LSTM(8, 8, num_layers=2)) == pytest.approx(0.1 * 6**0.5)  # L is 12: the last is the head
+    normed = _chain(18, nn.LayerNorm(8))
+    assert usual(list(normed.named_parameters())) == pytest.approx(0.3)
+    with pytest.warns(gm.errors.GramianWarning, match="without names"):
+        assert usual([*normed.parameters()]) == pytest.approx(0.2)
     assert gm.optim.Muon(_chain(18), lr=0.1).param_groups[0]["lr"] == 0.1
     assert gm.optim.Muon(_chain(18), scale="match_rms_adamw").param_groups[0]["lr"] == 0.1
     assert gm.optim.SOAP(_chain(18)).param_groups[0]["lr"] == 0.1

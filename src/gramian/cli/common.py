@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from gramian.errors import GramianError, plain
+from gramian.errors import GramianError, GramianWarning, plain
 
 __all__ = [
     "Model",
@@ -56,7 +57,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 
 
 def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any, Any] | None:
-    """Return the network that MODEL and --task name, and its task; `None` where MODEL is a file without a task."""
+    """Return the network that MODEL and --task name, and its task; `None` where MODEL is a file without a task.
+
+    A MODEL that is the name of a task and of what is here is the latter beside --task, and the task alone.
+    """
     import torch
 
     from gramian import tasks
@@ -66,6 +70,11 @@ def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any,
     from gramian.compression.files import has_ranks
 
     is_task = model in tasks.TASKS or ".py:" in model or model.endswith(".py")
+    if model in tasks.TASKS and Path(model).exists():
+        is_task = task is None
+        if is_task:
+            told = f"{verb}: {model} is the task. For the folder of that name write ./{model} --task {model}"
+            warnings.warn(told, GramianWarning, stacklevel=3)
     if task is None and not is_task:
         return None
     write = f"gramian {verb} {{}}" if is_task else f"gramian {verb} {model} --task {{}}"

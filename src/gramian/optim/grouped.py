@@ -24,7 +24,7 @@ from gramian.optim.recipe import Recipe
 from gramian.optim.refresh import Clock
 from gramian.optim.route import Group, Route
 from gramian.optim.routing import route_groups, routes_of_model
-from gramian.optim.scaling import num_in_sequence, usual_lr
+from gramian.optim.scaling import is_plain, num_in_sequence, usual_lr
 from gramian.optim.sharding import Sharding
 from gramian.rows import Rows
 
@@ -88,7 +88,7 @@ class Grouped(torch.optim.Optimizer):
             order: dict[Tensor, int] = {p: i for i, p in enumerate(params.parameters())}
             found[0][0].sort(key=lambda r: order[r.parameter])
         if lr is None and self.grows_with_depth and given["scale"] == "spectral":
-            self._options["lr"] = usual_lr(self.base_lr, self._num_matrices)
+            self._options["lr"] = usual_lr(self.base_lr, self._num_matrices, plain=is_plain(self._routes.values()))
         self._built = False
         super().__init__([self._group(routes, own) for routes, own in found], dict(self._options))
         self._built = True
