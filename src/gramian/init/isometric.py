@@ -167,13 +167,13 @@ def isometric_(
     if is_head and len(chosen) > 1 and chosen[-2] is chain[-2] and not restored:
         weight = layers[chosen[-1]]
         weight.set_(weight.value * head_scale)
-    now_set = {layers[m].block.name for m in chosen} | set(composed_set)
+    now_set = dict.fromkeys([*(layers[m].block.name for m in chosen), *composed_set])
     replaced = [s for s in signs if s.name in now_set and not restored]
     if replaced:
         notes.insert(0, f"replaced weights that look trained, and what they had learned is lost: {told(replaced)}")
     text = "; ".join([*notes, *filter(None, [_told(weights).removeprefix("; ")])])
     if text and now_set:
-        text += f"; set: {some(sorted(now_set))}"
+        text += f"; set: {some(now_set)}"
     if text:
         warnings.warn(f"isometric_: {text}", GramianWarning, stacklevel=2)
     return model
