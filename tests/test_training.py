@@ -375,7 +375,7 @@ def test_a_rate_that_chance_suggests_is_seldom_confirmed() -> None:
 
 @pytest.mark.parametrize("lr", ["fast", "0.1", ""])
 def test_a_rate_in_words_is_auto_or_refused(lr) -> None:
-    with pytest.raises(InputError, match=f"lr must be zero, a positive number or 'auto', got '{lr}'"):
+    with pytest.raises(InputError, match=f"lr must be zero, a positive number or 'auto'; got '{lr}'"):
         gm.train(task(), steps=2, lr=lr)
     with pytest.raises(InputError, match="unknown optimizer 'adagrad'"):
         gm.train(task(), steps=2, optimizer="adagrad", lr="auto")
