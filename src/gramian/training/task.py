@@ -210,7 +210,7 @@ def _kind(value: Any) -> str:
 def named(task: Task) -> str:
     """A task in an error's line.
 
-    >>> named(Task(nn.Identity, Objective(), [], dict, name="mine"))
+    >>> named(Task(nn.Identity, Objective.regression(), [], dict, name="mine"))
     "task 'mine'"
     """
     return "the task" if task.name == Task.name else f"task {task.name!r}"
