@@ -475,6 +475,13 @@ def test_where_speed_is_asked_an_alternative_need_not_be_smaller() -> None:
     assert fast.advice == "use bfloat16 instead: no worse and no slower"
 
 
+def test_the_chosen_point_is_the_model_that_is_delivered() -> None:
+    found = dataclasses.replace(outcome(DENSE, SMALL), keep=0.5, curve=((0.4, 0.7), (0.5, 0.8), (0.9, 0.9)))
+    planned, chosen = found._picture().series
+    assert (list(chosen.x), list(chosen.y)) == ([50.0], [SMALL.quality])  # 0.88 after refitting
+    assert list(planned.y) == [0.7, 0.8, 0.9]
+
+
 @pytest.mark.parametrize("name", ADVICE)
 def test_the_report_says_where_factoring_is_not_worth_it(name: str) -> None:
     others, told = ADVICE[name]

@@ -16,6 +16,7 @@ from torch.nn import functional
 import gramian as gm
 from cases import untyped
 from gramian.errors import InputError
+from gramian.objective import as_objective
 from public import modules
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -174,3 +175,32 @@ def test_a_finding_that_torch_warns_of_too_is_told_once() -> None:
         warnings.simplefilter("error")
         report = gm.inspect(model, batches, lambda model, batch: functional.mse_loss(model(batch[0]), batch[1]))
     assert "loss-broadcast" in {finding.code for finding in report.findings}
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda plan: gm.inspect(net(), loader=BATCHES), r"'loader'; did you mean 'batches'\?"),
+        (lambda plan: gm.inspect(net(), BATCHES, loss=CLASSIFY), r"'loss'; did you mean 'objective'\?"),
+        (lambda plan: gm.inspect(net(), zebra=1), r"'zebra'; it takes model_or_path, batches"),
+        (lambda plan: plan.at(kep=0.5), r"Plan.at: there is no argument 'kep'; did you mean 'keep'\?"),
+        (lambda plan: gm.Task(net, CLASSIFY, batches=BATCHES, evaluate=dict), "did you mean 'train_batches'"),
+    ],
+)
+def test_an_argument_that_is_not_there_is_told_with_the_one_that_is_meant(plan: gm.Plan, call: Any, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        call(plan)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [functional.cross_entropy, lambda output, target: output - target, lambda output, target: output.float().mean()],
+)
+def test_a_loss_of_output_and_target_is_told_how_it_is_called(loss: Any) -> None:
+    with pytest.raises(InputError, match=r"Write lambda model, batch: loss\(model\(batch\[0\]\), batch\[1\]\)"):
+        gm.inspect(net(), BATCHES, lambda output, target: loss(output, target))
+
+
+def test_another_error_of_a_loss_is_its_own() -> None:
+    with pytest.raises(AttributeError, match="haed"):
+        as_objective(lambda model, batch: model.haed(batch[0])).loss(net(), BATCHES[0])

@@ -77,7 +77,7 @@ addEventListener("load", () => {
   told.tip = drawing.querySelector(".tip").textContent;
   const table = all("figure.table").pop();
   const names = () => all("tbody tr:not(.filtered)", table).map((row) => row.cells[0].textContent);
-  const header = all("th span", table).find((s) => s.textContent === "activation");
+  const header = all("th span", table).find((s) => s.textContent === "input rms");
   header.click(); told.descending = names()[0];
   header.click(); told.ascending = names()[0];
   const filter = table.querySelector("input");

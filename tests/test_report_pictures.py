@@ -15,6 +15,7 @@ from gramian.errors import InputError
 from gramian.report import Depth, Document, HeatMap, Lane, Picture, Section, Series
 from gramian.report.axes import make_axis, spread
 from gramian.report.canvas import drawing_settings
+from gramian.report.depth import draw_depth
 from gramian.report.heatmaps import draw_heat_map, shared_scale
 from gramian.report.pictures import Drawn, draw_picture
 
@@ -161,3 +162,15 @@ def test_pictures_are_given_as_figures_with_their_values(tmp_path):
     assert figures["colors"].axes[0].images[0].get_array().count() == 2
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png", dpi=20)
+
+
+@pytest.mark.parametrize("place", [0, 12, 13, 25])
+def test_a_marked_places_name_fits_beside_its_place(place):
+    """At a phone's width, whatever its length, with its end; that there are more is left out where there is no room."""
+    names = [f"blocks.{number}.attention.qkv.weight" for number in range(26)]
+    lane = Lane("gain", [("", "accent", [1.0] * 26)])
+    svg = draw_depth(Depth("d", names, [lane], [place, *range(14, 17)]), 336)
+    x, anchor, text = re.search(r'class="pointer".*?x="([\d.]+)".*?text-anchor="(\w+)".*?>([^<]*)<', svg).groups()
+    room = 336 - float(x) if anchor == "start" else float(x)
+    assert 8 * len(text) <= room
+    assert text.strip(" ▼").endswith("weight and 3 more" if place in (0, 25) else "kv.weight")

@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gramian as gm
 from cases import seeded
-from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree
-from gramian.checkpoint.trees import PackedTree
+from gramian.checkpoint import load_tensors, load_tree, open_checkpoint, save_tensors, save_tree
+from gramian.checkpoint.trees import UNFINISHED, PackedTree
+from gramian.cli.common import with_task
 from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
 from gramian.optim import OPTIMIZERS
 from gramian.training import folder, running
@@ -347,12 +348,12 @@ OTHERS = {
     "task": ({"name": "other"}, {}, "of task task, not other"),
     "model": ({"model": wide}, {}, r"of model Sequential of 162 parameters \(\w+\), not Sequential of 83"),
     "optimizer": ({}, {"optimizer": "soap", "lr": 0.1}, "of optimizer muon, not soap"),
-    "rate": ({}, {"lr": 0.2}, "of learning rate usual, not 0.2"),
+    "rate": ({}, {"lr": 0.2}, "of learning rate the usual one, not 0.2"),
     "seed": ({}, {"seed": 4}, "of seed 0, not 4"),
     "init": ({}, {"init": "isometric"}, "of init default, not isometric"),
     "amount": ({}, {"steps": 43}, "of budget 42 steps, not 43 steps"),
     "kind": ({}, {"steps": None, "seconds": 42.0}, "of budget 42 steps, not 42 seconds"),
-    "two": ({}, {"seed": 1, "lr": 3}, "of learning rate usual, not 3; seed 0, not 1"),
+    "two": ({}, {"seed": 1, "lr": 3}, "of learning rate the usual one, not 3; seed 0, not 1"),
 }
 
 
@@ -389,6 +390,28 @@ def test_an_unfinished_run_is_not_overwritten(often, tmp_path) -> None:
     with pytest.raises(InputError, match=r"holds an unfinished run\. Resume it"):
         gm.train(task(), steps=9, out=tmp_path)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_an_unfinished_run_is_read_as_its_model(often, tmp_path, capsys) -> None:
+    task_file = tmp_path / "unfinished_task.py"
+    task_file.write_text("from test_resume import task\n")
+    kept: dict[str, Tensor] = {}
+
+    def stop(run: gm.Run, share: float) -> None:
+        kept.update({name: t.clone() for name, t in run.model.state_dict().items()})
+        stopping(4)(run, share)
+
+    with pytest.raises(Stop):
+        gm.train(task(), steps=9, optimizer="muon", out=tmp_path / "run", on_step=stop)
+    read = open_checkpoint(tmp_path / "run")
+    assert {name: tuple(t.shape) for name, t in read} == {name: tuple(t.shape) for name, t in kept.items()}
+    assert UNFINISHED in read.notes
+    assert any("optimizer" in note for note in read.notes)
+    assert any(name.startswith("optimizer.") for name in read.beside)  # searched for NaN, and no layer
+    assert {layer.name for layer in gm.inspect(read).layers} == {"0.weight", "5.weight", "7.weight"}
+    network, _ = with_task(str(tmp_path / "run"), f"{task_file}:task")
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in read)
+    assert "with --resume ends it" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:isometric_. left as they were")  # the norm of the task

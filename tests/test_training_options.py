@@ -486,6 +486,13 @@ def test_optimizers_are_compared_from_the_same_start(tmp_path, capsys, monkeypat
 def test_a_comparison_takes_a_rate_for_each_optimizer() -> None:
     runs = compare(task(), ["adamw:lr=0.02", "sgd", "muon:lr=0.3"], steps=2)
     assert {name: run.lr for name, run in runs.items()} == {"adamw": 0.02, "sgd": 0.1, "muon": 0.3}
+    assert [run.rate_from for run in runs.values()] == ["given", "the usual one", "given"]
+    told = "The rate of sgd is not tuned; at tuned ones the order may be another"
+    assert told in page.comparison(runs, task()).verdict
+    assert told not in page.comparison({"adamw": runs["adamw"], "muon": runs["muon"]}, task()).verdict
+    console = Console(file=io.StringIO(), width=200)
+    display.show_comparison(runs, console)
+    assert told in console.file.getvalue()
     found = compare(tasks.diabetes(), ["adamw:lr=0.02", "sgd"], steps=3, lr="auto")
     alone = gm.train(tasks.diabetes(), optimizer="sgd", steps=3, lr="auto")
     assert (found["adamw"].lr, found["sgd"].lr) == (0.02, alone.lr)
@@ -496,6 +503,7 @@ def test_a_short_run_in_epochs_takes_the_rate_of_as_many_steps() -> None:
     num = len(list(one.train_batches(0, torch.Generator())))
     by_steps, by_epochs = gm.train(one, steps=2 * num), gm.train(one, epochs=2)
     assert by_steps.lr == by_epochs.lr > gm.optim.Muon(plain_net()).defaults["lr"]
+    assert by_steps.rate_from == by_epochs.rate_from == f"the usual one for a run of {2 * num} steps"
     assert all(
         torch.equal(a, b) for a, b in zip(by_steps.model.parameters(), by_epochs.model.parameters(), strict=True)
     )

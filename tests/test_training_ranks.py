@@ -356,7 +356,7 @@ def test_an_error_on_one_rank_ends_all_with_its_line(where: str) -> None:
         if where == "early end":
             assert message.startswith("train: the batches of an epoch ended on one rank earlier than on another")
             continue
-        assert message.startswith("train: rank 1 of 2 failed: task 'task': ")
+        assert message.startswith("train: rank 1 of 2 failed: the task: ")
         raised = "SystemExit: 0" if where == "exit" else f"KeyError: '{where}'"
         assert f"raised {raised} (test_training_ranks.py, line " in message
         assert failed == 1
@@ -475,7 +475,7 @@ def test_all_others_name_the_rank_at_fault(tmp_path: Path, how: str) -> None:
     # One of those who wait speaks for all on the command line, unless the rank speaks for itself.
     assert sum(line.endswith("of rank None") for line in told) == (how != "failed")
     if how == "failed":
-        assert "train: rank 1 of 3 failed: task 'task': the forward pass or the loss raised KeyError: 'broken'" in own
+        assert "train: rank 1 of 3 failed: the task: the forward pass or the loss raised KeyError: 'broken'" in own
 
 
 RESTARTED = """

@@ -1,17 +1,24 @@
-"""What was given in place of a model or an objective, and what to write."""
+"""What was given in place of a model, an objective or an argument's name, and what to write."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from gramian.batch import described
+from gramian.errors import InputError
 
-__all__ = ["instead_of_model", "instead_of_objective"]
+__all__ = ["instead_of_model", "instead_of_objective", "known_names"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # What torch calls a loss, and the objective that it is.
 _LOSSES = {
@@ -97,3 +104,39 @@ def instead_of_objective(value: Any, objective: type) -> str:
         f"got {name}, which takes an output and a target. Write {known}"
         "lambda model, batch: loss(model(batch[0]), batch[1])"
     )
+
+
+def known_names(name: str, **meant: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function: a keyword that it lacks is refused with the one that was meant.
+
+    Args:
+        name: of the function, for the error.
+        meant: words that others use for an argument, and its name here, as in `loss="objective"`.
+    Returns: a decorator, which keeps the function's signature and docstring.
+    Raises:
+        InputError: by the decorated function, where it gets a keyword that it lacks.
+    Cost: one look-up for each keyword of a call.
+    Source: this library's own.
+
+    >>> @known_names("at", share="keep")
+    ... def at(keep, *, bits=None): return keep
+    >>> at(kep=0.5)
+    Traceback (most recent call last):
+    gramian.errors.InputError: at: there is no argument 'kep'; did you mean 'keep'?
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known = [one for one in inspect.signature(function).parameters if one != "self"]
+
+        @functools.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            for word in kwargs:
+                if word not in known:
+                    near = [meant[word]] if word in meant else get_close_matches(word, known, 1)
+                    told = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+                    raise InputError(f"{name}: there is no argument {word!r}; {told}")
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate

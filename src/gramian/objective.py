@@ -321,20 +321,26 @@ def as_objective(objective: Any) -> Objective:
         try:
             return objective(model, batch)
         except (TypeError, AttributeError) as error:
-            if not _is_called_or_indexed(error, model, batch):
-                raise
-            raise InputError(
-                "objective: the function is called as loss(model, batch), and it uses the first as a batch or the "
-                f"second as a model: {error}. Swap its arguments"
-            ) from error
+            if advice := _misread(error, model, batch):
+                raise InputError(f"objective: the function is called as loss(model, batch), and {advice}") from error
+            raise
 
     return Objective(predict=predict, criterion=criterion)
 
 
-def _is_called_or_indexed(error: Exception, model: nn.Module, batch: Any) -> bool:
-    """Whether an error is that of a loss which took its two arguments in the other order."""
-    own = (type(batch).__name__, type(model).__name__)
-    return str(error) in (f"'{own[0]}' object is not callable", f"'{own[1]}' object is not subscriptable")
+def _misread(error: Exception, model: nn.Module, batch: Any) -> str:
+    """What to do where an error is that of a loss which took its two arguments for others; empty where it is not."""
+    own, text = (type(batch).__name__, type(model).__name__), str(error)
+    if text in (f"'{own[0]}' object is not callable", f"'{own[1]}' object is not subscriptable"):
+        return f"it uses the first as a batch or the second as a model: {text}. Swap its arguments"
+    attribute = text.removeprefix(f"'{own[1]}' object has no attribute ").strip("'")
+    if (
+        f"must be Tensor, not {own[1]}" in text
+        or (text.startswith("unsupported operand") and f"'{own[1]}'" in text)
+        or (attribute != text and hasattr(Tensor, attribute) and not hasattr(nn.Module, attribute))
+    ):
+        return f"it uses the model as an output: {text}. Write lambda model, batch: loss(model(batch[0]), batch[1])"
+    return ""
 
 
 def _num_samples(batch: Any) -> int:

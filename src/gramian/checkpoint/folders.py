@@ -13,10 +13,11 @@ from gramian.checkpoint.distributed import METADATA_FILE
 from gramian.checkpoint.faults import damaged, first_line, plain
 from gramian.checkpoint.formats import Entry
 from gramian.checkpoint.readers import FORMATS, reader
+from gramian.checkpoint.trees import TREE
 from gramian.errors import CheckpointError, some
 from gramian.texts import read_text
 
-__all__ = ["WEIGHTS", "open_file", "open_folder", "open_index", "read_json"]
+__all__ = ["CHECKPOINT", "WEIGHTS", "open_file", "open_folder", "open_index", "read_json"]
 
 # The names under which libraries keep a folder's weights: transformers, diffusers, PEFT, Mistral, open_clip; and the
 # order in which they are looked for, each as one file, in shards, and in torch's format.
@@ -27,6 +28,7 @@ WEIGHTS = tuple(
     for safe, old in STEMS
     for name in (f"{safe}.safetensors", f"{safe}.safetensors.index.json", f"{old}.bin", f"{old}.bin.index.json")
 )
+CHECKPOINT = "checkpoint.safetensors"  # what an unfinished run of gramian keeps in place of its model
 
 
 class Opened(NamedTuple):
@@ -49,6 +51,8 @@ def open_folder(folder: Path) -> Opened:
     found = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if found is None and (folder / METADATA_FILE).is_file():
         found = folder
+    if found is None and (folder / CHECKPOINT).is_file() and TREE in reader(folder / CHECKPOINT).metadata:
+        found = folder / CHECKPOINT
     if found is None:
         raise _no_weights(folder)
     opened = open_index(found) if found.name.endswith(".index.json") else open_file(found)

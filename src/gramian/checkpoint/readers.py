@@ -15,6 +15,7 @@ from gramian.checkpoint.distributed import METADATA_FILE, read_distributed
 from gramian.checkpoint.faults import damaged, first_line
 from gramian.checkpoint.formats import Content, identity, read_safetensors
 from gramian.checkpoint.torchfiles import LEGACY, bare_pickle, read_legacy, read_zip
+from gramian.checkpoint.trees import weights_in_tree
 from gramian.errors import CheckpointError
 
 __all__ = ["FOREIGN", "FORMATS", "reader"]
@@ -107,7 +108,7 @@ def _read(path: Path, verify: bool) -> Content:
         raise CheckpointError(f"{path}: an empty file, wanted weights. Copy, download or save it again.")
     header = int.from_bytes(start[:8], "little")
     if 2 <= header <= size - 8 and start[8:9] == b"{":
-        return read_safetensors(path, verify=verify)
+        return weights_in_tree(read_safetensors(path, verify=verify))
     if start.startswith(b"PK\x03\x04"):
         return _read_archive(path)
     if LEGACY in start[:16]:

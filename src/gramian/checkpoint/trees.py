@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gramian.checkpoint.containers import find_state
 from gramian.checkpoint.faults import damaged, plain
+from gramian.checkpoint.formats import Content, Entry
 from gramian.checkpoint.names import as_path
 from gramian.checkpoint.writing import check_writable, load_tensors, memory_of, save_tensors
 from gramian.errors import UnsupportedError
 
-__all__ = ["PackedTree", "load_tree", "pack_tree", "save_tree", "unpack_tree"]
+__all__ = ["PackedTree", "load_tree", "pack_tree", "save_tree", "unpack_tree", "weights_in_tree"]
 
 TREE = "gramian.tree"
+
+# What is said of a run's checkpoint that is read as a model.
+UNFINISHED = "the weights of an unfinished run: the same `gramian train` with --resume ends it"
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def unpack_tree(packed: PackedTree) -> Any:
     >>> unpack_tree(pack_tree({"a": (1, None)}))
     {'a': (1, None)}
     """
-    return _unpack(json.loads(packed.text), packed.tensors)
+    return _unpack(json.loads(packed.text), lambda held: _strided(packed.tensors, held))
 
 
 def save_tree(path: str | os.PathLike[str], tree: Any, *, previous: str | os.PathLike[str] | None = None) -> None:
@@ -126,9 +132,51 @@ def load_tree(path: str | os.PathLike[str]) -> Any:
     path = as_path(path, "load_tree")
     tensors, metadata = load_tensors(path)
     try:
-        return _unpack(json.loads(metadata[TREE]), tensors)
+        return _unpack(json.loads(metadata[TREE]), lambda held: _strided(tensors, held))
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise damaged(path, error) from error
+
+
+def weights_in_tree(content: Content) -> Content:
+    """What a file of `save_tree` holds as a model: the weights in the tree, as in a training loop's other files.
+
+    So the checkpoint of an unfinished run is read as its model, and the optimizer's state is named as left out.
+
+    Args:
+        content: of the file, as it is stored; it is returned where no tree is in it.
+
+    Returns: the content, whose entries have the names of the weights in their state dict.
+    Raises:
+        CheckpointError: the tree is damaged.
+    Cost: that of parsing the tree; no tensor is read.
+    Source: this library's own.
+
+    >>> from gramian.checkpoint.formats import read_safetensors
+    >>> import tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "state.safetensors"
+    >>> save_tree(path, {"model": {"0.weight": torch.ones(2, 3)}, "steps": 7})
+    >>> read = weights_in_tree(read_safetensors(path))
+    >>> [(entry.name, entry.key) for entry in read.entries], read.notes
+    ([('0.weight', '/model/0.weight')], ["weights found under 'model'; left out: steps"])
+    """
+    if TREE not in content.metadata or not content.entries:
+        return content
+    file, stored = content.entries[0].file, {entry.key: entry for entry in content.entries}
+    try:
+        tree = _unpack(json.loads(content.metadata[TREE]), lambda held: stored[held["tensor"]])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise damaged(file, error) from error
+    found = find_state(file, tree, Entry)
+    names: dict[str, str] = {}
+    for name, entry in found.state.items():
+        names.setdefault(entry.tied_to or entry.key, name)
+    entries = []
+    for name, entry in found.state.items():
+        first = names[entry.tied_to or entry.key]
+        entries.append(replace(entry, name=name, tied_to="" if first == name else first))
+    beside = {name: partial(content.get, entry.key) for name, entry in found.beside.items()}
+    unfinished = [UNFINISHED] if isinstance(tree, dict) and {"identity", "steps", "model"} <= tree.keys() else []
+    return replace(content, entries=entries, notes=[*content.notes, *unfinished, *found.notes], beside=beside)
 
 
 def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
@@ -149,21 +197,26 @@ def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     raise _refused(where, value)
 
 
-def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(packed: Any, leaf: Callable[[dict[str, Any]], Any]) -> Any:
+    """The value of a tree; `leaf` gives the tensor that `{"tensor": name}` stands for."""
     if isinstance(packed, list):
-        return [_unpack(item, tensors) for item in packed]
+        return [_unpack(item, leaf) for item in packed]
     if not isinstance(packed, dict):
         return packed
     if "tensor" in packed:
-        found = tensors[packed["tensor"]]
-        stride = packed.get("stride")
-        if stride is None or not _is_permutation(found.shape, stride):
-            # a copy has torch's alignment, on which the rounding of BLAS depends
-            return found.clone(memory_format=torch.contiguous_format)
-        return torch.empty_strided(found.shape, stride, dtype=found.dtype, device=found.device).copy_(found)
+        return leaf(packed)
     if "tuple" in packed:
-        return tuple(_unpack(item, tensors) for item in packed["tuple"])
-    return {key: _unpack(item, tensors) for key, item in packed["dict"]}
+        return tuple(_unpack(item, leaf) for item in packed["tuple"])
+    return {key: _unpack(item, leaf) for key, item in packed["dict"]}
+
+
+def _strided(tensors: Mapping[str, Tensor], held: dict[str, Any]) -> Tensor:
+    """A copy of a tree's tensor, with the strides that it had."""
+    found, stride = tensors[held["tensor"]], held.get("stride")
+    if stride is None or not _is_permutation(found.shape, stride):
+        # a copy has torch's alignment, on which the rounding of BLAS depends
+        return found.clone(memory_format=torch.contiguous_format)
+    return torch.empty_strided(found.shape, stride, dtype=found.dtype, device=found.device).copy_(found)
 
 
 def _is_permutation(shape: torch.Size, stride: list[int]) -> bool:

@@ -85,7 +85,8 @@ def main(args: list[str] | None = None) -> int:
     except ClickException as error:  # type: ignore[misc]
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "gramian"
-        complain(f"{error.format_message().rstrip('.')}. See '{where} --help'.")  # type: ignore[attr-defined]
+        told = error.format_message()  # type: ignore[attr-defined]
+        complain(f"{told}{'' if told.endswith(('.', '?')) else '.'} See '{where} --help'.")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted")

@@ -64,7 +64,8 @@ def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any,
     import torch
 
     from gramian import tasks
-    from gramian.checkpoint import load_into
+    from gramian.checkpoint import load_into, open_checkpoint
+    from gramian.checkpoint.trees import UNFINISHED
     from gramian.compression import load_compressed
     from gramian.compression.files import has_ranks
 
@@ -82,6 +83,8 @@ def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any,
     network = found.model()
     if not is_task:
         network = load_compressed(network, model) if has_ranks(model) else load_into(network, model)
+        if UNFINISHED in open_checkpoint(model).notes:
+            complain(f"{model}: {UNFINISHED}")
     return network, found
 
 

@@ -63,9 +63,11 @@ def command(
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    for extra, (purpose, _, _) in EXTRAS.items():
+    for extra, (purpose, _, brought) in EXTRAS.items():
         version = found["extras"][extra]
-        table.add_row(f"[{extra}]", f"{version}, for {purpose}" if version else f"not installed; for {purpose}")
+        table.add_row(
+            f"[{extra}]", f"{brought} {version}, for {purpose}" if version else f"not installed; for {purpose}"
+        )
     with unpadded(console):
         console.print(table, markup=False)
     missing = [extra for extra in EXTRAS if not found["extras"][extra]]

@@ -72,7 +72,10 @@ def command(
     ] = "auto",
     lr: Annotated[
         str | None,
-        typer.Option(help="Learning rate; auto: as gm.suggest_lr finds. [default: the optimizer's usual one]"),
+        typer.Option(
+            help="Learning rate; auto: as gm.suggest_lr finds. [default: the optimizer's usual one; muon's is up to "
+            "1.7 times as large in runs of under 300 steps]"
+        ),
     ] = None,
     init: Annotated[
         str,
@@ -169,7 +172,9 @@ def command(
     if resume and out is None:
         raise InputError("train: --resume needs --out DIR, the folder of the run to continue")
     if out is not None and not resume and os.path.exists(out / "model.safetensors"):
-        raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
+        from gramian.training.folder import holds_finished
+
+        raise InputError(holds_finished(out))
     if tensorboard and out is None:
         raise InputError("train: --tensorboard needs --out DIR, the folder that it writes to")
     if compare and not compare.strip(" ,"):  # an empty one takes back that of a file

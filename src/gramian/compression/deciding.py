@@ -226,7 +226,7 @@ def decide(
         layers=planned_layers(plan),
         batch=speeds.num,
         predicted=plan.predicted.rise,
-        predicted_text=str(plan.predicted),
+        predicted_text=plan.predicted.interval,
         seconds=seconds,
         waited=speeds.waited,
         notes=(*plan.notes, *notes),

@@ -139,7 +139,8 @@ def _ranks_in(checkpoint: Checkpoint) -> dict[str, Any]:
         ranks = json.loads(checkpoint.metadata[RANKS])
     except (KeyError, ValueError, RecursionError):
         raise CheckpointError(
-            f"{checkpoint.path} was not written by save_compressed: it has no {RANKS!r} in its metadata"
+            f"{checkpoint.path} was not written by save_compressed: it has no {RANKS!r} in its metadata. "
+            "Of a model whose layers are whole, as `gramian train` writes it: gramian.checkpoint.load_into(model, path)"
         ) from None
     if not isinstance(ranks, dict):
         raise CheckpointError(f"{checkpoint.path} does not fit any model: {RANKS!r} is {ranks!r:.40}, wanted an object")

@@ -24,6 +24,7 @@ from gramian.compression.pruning import expected_cost, pattern_of, shares_of_zer
 from gramian.compression.rounding import BITS, GROUP
 from gramian.compression.weighted import WeightedSVD
 from gramian.errors import InputError, some
+from gramian.misuse import known_names
 from gramian.rows import Rows
 
 __all__ = ["SMALLEST", "Plan"]
@@ -186,6 +187,7 @@ class Plan:
         """The same with all measured that is measured only when it is asked for."""
         return replace(self, spectra=tuple(s.settled() for s in self.spectra), rises=self.rises.settled(self))
 
+    @known_names("Plan.at", share="keep", budget="keep")
     def at(
         self,
         keep: float | None = None,

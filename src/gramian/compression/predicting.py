@@ -38,6 +38,8 @@ class Predicted(NamedTuple):
 
     >>> Predicted(0.00123456, 0.0011111, 0.0013333, True)
     Predicted(rise=0.00123, low=0.00111, high=0.00133, measured=True)
+    >>> print(Predicted(0.12, -0.0067, 0.24, True))
+    rise of the mean loss 0.12 (-0.0067 to 0.24)
     """
 
     rise: float
@@ -50,9 +52,14 @@ class Predicted(NamedTuple):
         return f"Predicted({numbers}, measured={self.measured})"
 
     def _repr_html_(self) -> str:
-        return f"<p>rise of the mean loss {self}</p>"
+        return f"<p>{self}</p>"
 
     def __str__(self) -> str:
+        return f"rise of the mean loss {self.interval}"
+
+    @property
+    def interval(self) -> str:
+        """The rise and its interval, in numbers alone."""
         if math.isnan(self.low):
             return f"{self.rise:.2g} (to second order)"
         return f"{self.rise:.2g} ({self.low:.2g} to {self.high:.2g}{'' if self.measured else ', extrapolated'})"

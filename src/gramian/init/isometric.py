@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from gramian.calls import as_module, called
-from gramian.errors import GramianWarning, InputError
+from gramian.errors import GramianWarning, InputError, some
 from gramian.init.composed import leave_composed, set_composed_
 from gramian.init.paths import hooked, normalized, trace
 from gramian.init.reached import State
@@ -167,11 +167,13 @@ def isometric_(
     if is_head and len(chosen) > 1 and chosen[-2] is chain[-2] and not restored:
         weight = layers[chosen[-1]]
         weight.set_(weight.value * head_scale)
-    now_set = {layers[m].block.name for m in chosen} | set(composed_set)
+    now_set = dict.fromkeys([*(layers[m].block.name for m in chosen), *composed_set])
     replaced = [s for s in signs if s.name in now_set and not restored]
     if replaced:
         notes.insert(0, f"replaced weights that look trained, and what they had learned is lost: {told(replaced)}")
     text = "; ".join([*notes, *filter(None, [_told(weights).removeprefix("; ")])])
+    if text and now_set:
+        text += f"; set: {some(now_set)}"
     if text:
         warnings.warn(f"isometric_: {text}", GramianWarning, stacklevel=2)
     return model
@@ -234,10 +236,7 @@ def _told(weights: Weights) -> str:
     for reason, names in weights.left.items():
         if not names:
             continue
-        some = ", ".join(names[:MOST_NAMES]) + (
-            f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-        )
-        text += f"; {reason}: {some}"
+        text += f"; {reason}: {some(names, MOST_NAMES)}"
     return text
 
 

@@ -18,6 +18,7 @@ from gramian.errors import InputError, UnsupportedError
 from gramian.inspection import inspect as diagnose
 from gramian.inspection.trainability import DECADES_LOST, decades_lost
 from gramian.loader import Batches, as_batches, first_few, no_batches, with_samples
+from gramian.misuse import known_names
 from gramian.objective import Objective, as_objective
 from gramian.placement import is_distributed
 from gramian.recording.keeping import keeping, kept_random
@@ -41,6 +42,9 @@ def _without_echoes() -> Iterator[None]:
 
 
 @_without_echoes()
+@known_names(
+    "inspect", loss="objective", criterion="objective", loader="batches", data="batches", model="model_or_path"
+)
 def inspect(
     model_or_path: nn.Module | str | os.PathLike[str],
     batches: Batches | None = None,

@@ -261,11 +261,10 @@ class Outcome:
 
     def _picture(self) -> Picture:
         curve = sorted(point for point in self.curve if math.isfinite(point[1]))
-        chosen = [point for point in curve if point[0] == self.keep]
         series = [Series("planned", [100 * k for k, _ in curve], [q for _, q in curve], role="before")]
-        if chosen:
-            series.append(Series("chosen", [100 * self.keep], [chosen[0][1]], role="accent", style="points"))
-        dense = self.dense.quality
+        dense, made = self.dense.quality, self.compressed.quality
+        if made is not None and any(share == self.keep for share, _ in curve):  # what is delivered, refit if it was
+            series.append(Series("chosen", [100 * self.keep], [made], role="accent", style="points"))
         return Picture(
             f"Held-out {self.measure} by share of the {self.share_of}",
             series,

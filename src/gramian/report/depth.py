@@ -26,6 +26,8 @@ _MOST_DISCS = 80  # places up to which each value has a disc
 _POINTER = 18  # above, where a culprit is named
 _TICK_SIZE, _LINE = 11.5, 14.0
 _LONGEST_NAME = 36  # characters of a culprit's name in the picture
+_SHORTEST_NAME = 14  # to which it may be cut
+_BOLD = 8.5  # pixels of a character of it, of a wide font
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,12 @@ def _pointer(item: Depth, width: float) -> list[str]:
     place, count = item.culprits[0], len(item.names)
     x = _LEFT + (place + 0.5) / count * width
     more = f" and {len(item.culprits) - 1} more" if len(item.culprits) > 1 else ""
-    name = elide(visible(item.names[place]), _LONGEST_NAME)
-    anchor, text = ("start", f"▼ {name}{more}") if place < count / 2 else ("end", f"{name}{more} ▼")
+    beyond = _LEFT + width + _RIGHT - x
+    room = int(max(x, beyond) / _BOLD) - 2
+    if room - len(more) < _SHORTEST_NAME:  # in the middle of a phone; the places are marked, and the findings name them
+        more = ""
+    name = elide(visible(item.names[place]), min(_LONGEST_NAME, room - len(more)))
+    anchor, text = ("start", f"▼ {name}{more}") if x < beyond else ("end", f"{name}{more} ▼")
     shift = -5 if anchor == "start" else 5
     drawn = _text(x + shift, 15, text, anchor, 12.5)
     return [f'<g class="pointer" data-place="{place}" data-shift="{shift}">{drawn}</g>']

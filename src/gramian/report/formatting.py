@@ -57,16 +57,24 @@ def elide_words(text: str, most: int) -> str:
 def first_clauses(text: str, most: int) -> str:
     """Return the text, or where it is longer than `most` characters, what of it is true alone, or shown to be cut.
 
-    A clause may be left out, and a parenthesis; not one of several cases ("or", "and", what a semicolon lists), nor
-    what a colon announces.
+    A clause may be left out, and a parenthesis; not one of several cases ("or", "and"), nor what a colon announces. Of
+    cases that a semicolon lists, the first ones, and how many others there are.
 
     >>> first_clauses("undefined after a skip, where gradients by depth say what it would (Figure 2)", 40)
     'undefined after a skip'
     >>> first_clauses("it is used twice, or the next input (a skip) is not its own", 40)
     'it is used twice, or the next input (a …'
+    >>> first_clauses("undefined: 4 beside a skip; 1 recurrent; 1 of a kind that is not known", 60)
+    'undefined: 4 beside a skip; 1 recurrent; and 1 other reason'
     """
     if len(text) <= most:
         return text
+    if ";" in text and "(" not in text:
+        cases = text.split("; ")
+        for num in range(len(cases) - 1, 0, -1):
+            told = f"{'; '.join(cases[:num])}; and {plural(len(cases) - num, 'other reason')}"
+            if len(told) <= most:
+                return told
     ends = [m.start() for m in re.finditer(r", (?!(or|and|nor)\b)| \(", text) if m.start() <= most]
     clauses = text[: ends[-1]] if ends else ""
     if ";" in text or re.search(r", (or|and|nor)\b", text):

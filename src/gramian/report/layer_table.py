@@ -76,7 +76,7 @@ COLUMNS: dict[str, Callable[[Layer], str | float | int | None]] = {
     "kind": lambda layer: layer.kind,
     "shape": lambda layer: "×".join(str(length) for length in layer.shape),
     "gain χ": lambda layer: layer.gain,
-    "activation": lambda layer: layer.activation_rms,
+    "input rms": lambda layer: layer.activation_rms,
     "gradient": lambda layer: layer.gradient_rms,
     "‖ΔW‖ / ‖W‖": lambda layer: layer.relative_change,
     "angle °": lambda layer: None if layer.subspace_angle is None else round(layer.subspace_angle, 1),

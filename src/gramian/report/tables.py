@@ -19,7 +19,7 @@ __all__ = ["TableView"]
 
 # Columns by importance: a narrow terminal drops the last of these first, and never the table's first column.
 _PRIORITY = (
-    *("σ", "‖ΔW‖ / ‖W‖", "gain χ", "gradient", "activation", "condition", "shape", "σ max", "stable rank", "rank 90 %"),
+    *("σ", "‖ΔW‖ / ‖W‖", "gain χ", "gradient", "input rms", "condition", "shape", "σ max", "stable rank", "rank 90 %"),
     *("above noise", "rank", "conv norm", "rank 99 %", "same as", "p", "tail α", "zeros"),
     *("kind", "parameters", "note", "effective rank", "‖W‖_F", "dtype"),
 )

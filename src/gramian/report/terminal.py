@@ -123,7 +123,7 @@ class VerdictView:
 
 @dataclass(frozen=True)
 class FindingsView:
-    """Causes by rank: severity and title, where, evidence, cause, remedy, what follows; with `verbose`, the source."""
+    """Causes by rank: title, code, where, evidence, cause, remedy, what follows; with `verbose`, the source."""
 
     findings: Sequence[Finding]
     verbose: bool = False
@@ -140,7 +140,7 @@ class FindingsView:
                 grid.add_row("", "")
             style = _STYLES[finding.severity]
             grid.add_row(Text(finding.severity, style), Text(spell(finding.title), "bold"))
-            rows = [(field, Text(spell(getattr(finding, field)))) for field in ("where", "evidence", "cause")]
+            rows = [(field, Text(spell(getattr(finding, field)))) for field in ("code", "where", "evidence", "cause")]
             code = Text(spell.lines(_typed(finding.action, options.max_width)), "cyan") if finding.action else Text()
             rows += [("remedy", code), ("" if code else "remedy", Text(spell.lines(finding.advice)))]
             if finding.rehearsal:

@@ -18,7 +18,7 @@ from gramian.training.augmentation import augmented, mixed
 from gramian.training.optimizers import Choice
 from gramian.training.options import Options, best_row
 from gramian.training.randomness import restore_python, state_of_python
-from gramian.training.task import Task, calling
+from gramian.training.task import Task, calling, named
 from gramian.training.values import check
 
 __all__ = [
@@ -54,7 +54,7 @@ def warn_of_plain_numbers(task: Task, before: dict[str, float], after: dict[str,
     changed = [name for name, value in after.items() if before.get(name, value) != value and value == value]
     if changed:
         warnings.warn(
-            f"task {task.name!r}: training changes {some(changed)} of the model, plain Python, which no checkpoint "
+            f"{named(task)}: training changes {some(changed)} of the model, plain Python, which no checkpoint "
             "has: a resumed run would go on otherwise. Make a tensor of it and register_buffer it, or define "
             "get_extra_state and set_extra_state",
             GramianWarning,
@@ -77,19 +77,19 @@ def check_best(task: Task, model: nn.Module, options: Options) -> None:
 def check_model(model: object, task: Task) -> None:
     """Raise `TaskError` for what cannot be trained."""
     if not isinstance(model, nn.Module):
-        raise TaskError(f"task {task.name!r}: model() must return a torch.nn.Module, got {type(model).__name__}")
+        raise TaskError(f"{named(task)}: model() must return a torch.nn.Module, got {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):
-        raise TaskError(f"task {task.name!r}: no parameter of the model requires a gradient, so nothing can be trained")
+        raise TaskError(f"{named(task)}: no parameter of the model requires a gradient, so nothing can be trained")
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise TaskError(
-            f"task {task.name!r}: {lazy[0]} of the model has no shape yet (a lazy module). Call the model on one batch "
+            f"{named(task)}: {lazy[0]} of the model has no shape yet (a lazy module). Call the model on one batch "
             "in model()"
         )
     meta = [name for name, p in model.named_parameters() if p.is_meta]
     if meta:
         raise TaskError(
-            f"task {task.name!r}: {meta[0]} of the model is on the meta device, without numbers. Make the model "
+            f"{named(task)}: {meta[0]} of the model is on the meta device, without numbers. Make the model "
             "outside torch.device('meta')"
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 from gramian.errors import InputError
 from gramian.optim.registry import with_rate
 from gramian.training import agreement, page
+from gramian.training.folder import holds_finished
 from gramian.training.loop import train
 from gramian.training.task import Run, Task
 
@@ -62,9 +63,7 @@ def compare(
     places = [None if out is None else Path(out) / name.replace(":", "-") for name in names]
     for place in places:
         if place is not None and not options.get("resume") and (place / "model.safetensors").exists():
-            raise InputError(
-                f"train: {place} holds a finished run. Choose another folder, or delete model.safetensors there"
-            )
+            raise InputError(holds_finished(place))
     page.check(report)
     runs, usual = {}, options.pop("lr", None)
     for name, (optimizer, lr), place in zip(names, asked, places, strict=True):

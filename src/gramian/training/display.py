@@ -12,7 +12,7 @@ from gramian.checkpoint.faults import plain
 from gramian.report.live import Watch, four_digits
 from gramian.report.terminal import unpadded
 from gramian.training.folder import MODEL
-from gramian.training.page import receded
+from gramian.training.page import receded, untuned
 from gramian.training.task import Run
 from gramian.training.watched import told
 
@@ -77,6 +77,8 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
         if run.resumed:
             steps += ", finished before" if run.resumed == run.steps else f", resumed at {run.resumed:,}"
         optimizer = f"{run.optimizer}{' (auto)' if automatic else ''}, learning rate {four_digits(run.lr)}"
+        if run.rate_from.startswith("the usual"):
+            optimizer += f", {run.rate_from}"
         rows = {"task": task, "optimizer": optimizer, "init": run.init, "steps": steps}
         if run.best_step is not None:
             rows["weights"] = f"of step {run.best_step:,}, the best"
@@ -126,6 +128,8 @@ def show_comparison(runs: dict[str, Run], console: Console | None = None) -> Non
             values = (four_digits(run.metrics[key]) if key in run.metrics else "" for run in runs.values())
             table.add_row(Text(plain(key, 100)), *values)
         console.print(table, highlight=False)
+        if told := untuned(runs):
+            console.print(f"\n{told}", markup=False, highlight=False)
         curves = Table.grid(padding=(0, 2, 0, 0))
         for name, run in runs.items():
             curve = _curve([row["loss"] for row in run.history], *scale)

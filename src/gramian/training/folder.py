@@ -18,15 +18,16 @@ from torch import Tensor
 
 from gramian.checkpoint import load_tensors, load_tree, open_checkpoint, save_tensors, verify_file
 from gramian.checkpoint.faults import plain
+from gramian.checkpoint.folders import CHECKPOINT
 from gramian.checkpoint.trees import TREE, pack_tree
 from gramian.errors import CheckpointError, GramianWarning, InputError
 from gramian.report import write_text
 from gramian.training.lock import locked
 from gramian.training.owned import Owned
 
-__all__ = ["CHECKPOINT", "FORMAT", "METRICS", "MODEL", "PREVIOUS", "Folder", "read"]
+__all__ = ["CHECKPOINT", "FORMAT", "METRICS", "MODEL", "PREVIOUS", "Folder", "holds_finished", "read"]
 
-CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
 METRICS, MODEL = "metrics.jsonl", "model.safetensors"
 
 # Of checkpoints and finished runs; to be raised when their content changes so that an older one cannot be resumed.
@@ -46,6 +47,9 @@ FIRST_LINE = '{"step": '
 
 # What stands for an option of a run that is not among its settings.
 UNSET = "the default"
+
+# How a finished model is trained further (docs/train.md).
+FURTHER = "To train its model further, load it in a task's model() (gramian.checkpoint.load_into)"
 
 EVERY_SECONDS = 30.0
 
@@ -276,6 +280,11 @@ def _not_ours(shown: Path) -> str:
     return f"train: {shown} is not from a run of gramian, and would be overwritten. Move it, or choose another folder"
 
 
+def holds_finished(place: str | Path) -> str:
+    """The line that refuses a new run in the folder of a finished one, and says how its model is trained further."""
+    return f"train: {place} holds a finished run. Choose another folder, or delete {MODEL} there. {FURTHER}"
+
+
 def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dict[str, Any] | None:
     """Return the state of the run in a folder, whose key `finished` says whether it is done; `None` if there is no run.
 
@@ -301,16 +310,22 @@ def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dic
             "with the version that began it, or choose another folder"
         )
     differing = [
-        f"{name} {plain(saved.get(name, UNSET), 1000)}, not {identity.get(name, UNSET)}"
+        f"{name} {plain(_setting(saved, name), 1000)}, not {_setting(identity, name)}"
         for name in (*identity, *(name for name in saved if name not in identity))  # options that are unset are in none
         if saved.get(name) != identity.get(name)
     ]
     if differing:
         raise InputError(
             f"train: cannot resume, the run in {shown} is of {'; '.join(differing)}. Give the settings that it began "
-            "with, or choose another folder"
+            f"with, or choose another folder{f'. {FURTHER}' if finished else ''}"
         )
     return state | {"finished": finished, "damage": damage}
+
+
+def _setting(settings: dict[str, Any], name: str) -> Any:
+    """What a run's setting is, in words."""
+    value = settings.get(name, UNSET)
+    return "the usual one" if value == "usual" else value
 
 
 def _last_checkpoint(path: Path, shown: Path) -> tuple[Any, str]:

@@ -24,7 +24,7 @@ from gramian.training.checks import check_best, check_inputs, check_model, check
 from gramian.training.folder import Folder, read
 from gramian.training.interrupts import Interrupts
 from gramian.training.lost import naming_the_lost
-from gramian.training.optimizers import choose
+from gramian.training.optimizers import choose, rate_from
 from gramian.training.options import Options
 from gramian.training.running import NONFINITE_STEPS, Loop
 from gramian.training.schedule import WARMUP_STEPS, Schedule, as_budget, check_warmup
@@ -234,6 +234,7 @@ def train(
             shard_(model)
         with calling(None, "optimizer(model)"):
             opt = choice.make(model)
+        run.rate_from = "suggested" if automatic and lr is not None else rate_from(optimizer, lr, options, length)
         rates = Schedule(*budget, opt, name=schedule, warmup=warmup, accumulate=accumulate)
         loop = Loop(run, task, objective, rates, stream, options, seed)
         loop.before = before

@@ -22,7 +22,7 @@ from gramian.prox import Penalty
 from gramian.training.options import Options, penalty
 from gramian.training.values import check
 
-__all__ = ["Choice", "choose", "skips_itself"]
+__all__ = ["Choice", "choose", "rate_from", "skips_itself"]
 
 
 TO_ZERO = ("linear", "cosine")
@@ -64,13 +64,36 @@ def choose(
     if lr is None and entry.usual:
 
         def make(model: nn.Module) -> torch.optim.Optimizer:
-            growth = for_short_run(steps()) if options.schedule in TO_ZERO else 1.0
+            growth = _growth(options, steps)
             made = entry.make(model, None)
             return made if growth == 1 else entry.make(model, growth * made.defaults["lr"])
 
         return Choice(name, None, lambda model: _completed(make(model), model, options))
     rate = entry.lr if lr is None else lr
     return Choice(name, rate, lambda model: _completed(entry.make(model, rate), model, options))
+
+
+def rate_from(
+    optimizer: str | Callable[..., torch.optim.Optimizer],
+    lr: float | str | None,
+    options: Options,
+    steps: Callable[[], float],
+) -> str:
+    """Where the rate of what `choose` was asked for comes from, in words.
+
+    >>> rate_from("muon", None, Options(), lambda: 60), rate_from("adamw", None, Options(), lambda: 60)
+    ('the usual one for a run of 60 steps', 'the usual one')
+    """
+    if lr is not None or not isinstance(optimizer, str):
+        return "given"
+    entry = OPTIMIZERS[given("train", optimizer).name]
+    short = entry.usual and _growth(options, steps) > 1
+    return f"the usual one for a run of {steps():,.0f} steps" if short else "the usual one"
+
+
+def _growth(options: Options, steps: Callable[[], float]) -> float:
+    """By how much a usual rate that depends on the model grows in a short run."""
+    return for_short_run(steps()) if options.schedule in TO_ZERO else 1.0
 
 
 def skips_itself(optimizer: torch.optim.Optimizer) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gramian import report
-from gramian.errors import GramianError
+from gramian.errors import GramianError, some
 from gramian.inspection.diagnosis import STEPS
 from gramian.objective import Objective
 from gramian.recording import evaluating
@@ -21,7 +21,7 @@ from gramian.report import Document, Picture, Report, Section, Series, Table, Ti
 from gramian.report.formatting import number
 from gramian.training.task import Run, Task, calling
 
-__all__ = ["check", "comparison", "diagnose", "document", "trouble"]
+__all__ = ["check", "comparison", "diagnose", "document", "receded", "trouble", "untuned"]
 
 NUM_BATCHES = 4
 
@@ -140,7 +140,7 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
             *(_tile(run, name, value) for name, value in _measured(run).items()),
         ],
         sections,
-        footer=f"{run.optimizer}, learning rate {number(run.lr)} · init: {run.init}",
+        footer=f"{run.optimizer}, learning rate {number(run.lr)} ({run.rate_from}) · init: {run.init}",
     )
 
 
@@ -160,13 +160,25 @@ def comparison(runs: Mapping[str, Run], task: Task) -> Document:
     lowest = f" The lowest training loss is that of {least}, {number(losses[least])}." if least else ""
     return Document(
         f"{task.name}: {', '.join(runs)}",
-        " ".join(wrong) or f"{len(runs)} runs from the same weights, on the same batches.{lowest}",
+        " ".join(wrong)
+        or f"{len(runs)} runs from the same weights, on the same batches.{lowest} {untuned(runs)}".strip(),
         "warning" if wrong else "good",
         sections=[
             Section("Curves", items=_in_pairs(_curves(runs))),
             Section("Last evaluations", items=[Table("", columns, rows)]),
         ],
     )
+
+
+def untuned(runs: Mapping[str, Run]) -> str:
+    """What must be said of a comparison in which rates were not tuned; empty where none is a usual one."""
+    names = [name for name, run in runs.items() if run.rate_from.startswith("the usual")]
+    if not names:
+        return ""
+    whose = f"The rate of {names[0]} is" if not names[1:] else f"The rates of {some(names)} are"
+    if len(names) == len(runs):
+        whose = "The rates are"
+    return f"{whose} not tuned; at tuned ones the order may be another (--lr auto, lr='auto')."
 
 
 def _curves(runs: Mapping[str, Run]) -> list[Picture]:

@@ -32,7 +32,7 @@ from gramian.training.schedule import Schedule
 from gramian.training.sharding import as_parts, gathered, is_divided, load_model, optimizer_parts
 from gramian.training.stepping import Stepper
 from gramian.training.stream import Stream
-from gramian.training.task import Run, Task, as_numbers, calling
+from gramian.training.task import Run, Task, as_numbers, calling, named
 
 __all__ = ["NONFINITE_STEPS", "Loop"]
 
@@ -158,7 +158,7 @@ class Loop:
         """Raise `TaskError` where a whole epoch, or the run, had no unit, so that nothing was trained."""
         if math.isnan(self.run.start) and not self.run.skipped and (ended or self.stream.epoch):
             raise TaskError(
-                f"task {self.task.name!r}: no batch had a row whose loss counts. Are the batches empty, or all labels "
+                f"{named(self.task)}: no batch had a row whose loss counts. Are the batches empty, or all labels "
                 "ignored?"
             )
 
@@ -181,7 +181,7 @@ class Loop:
         row = {"step": run.steps, "seconds": round(run.seconds, 4), "loss": loss}
         for name in row.keys() & measured.keys():
             raise TaskError(
-                f"task {task.name!r}: evaluate(model) returned {name!r}, which is the run's own (loss: of training); "
+                f"{named(task)}: evaluate(model) returned {name!r}, which is the run's own (loss: of training); "
                 f"choose another name, as in 'held_out_{name}'"
             )
         row |= measured

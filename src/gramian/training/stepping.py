@@ -23,7 +23,7 @@ from gramian.training.scaling import LossScale
 from gramian.training.sharding import is_divided
 from gramian.training.slow import Slow
 from gramian.training.stream import Stream
-from gramian.training.task import Task, calling
+from gramian.training.task import Task, calling, named
 
 __all__ = ["Stepper"]
 
@@ -121,7 +121,7 @@ class Stepper:
 
     def _without_gradient(self) -> TaskError:
         return TaskError(
-            f"task {self.task.name!r}: the loss depends on no parameter that requires a gradient, so nothing can be "
+            f"{named(self.task)}: the loss depends on no parameter that requires a gradient, so nothing can be "
             "trained. Is its graph cut (detach, no_grad, item), or made of integers (argmax, long, a comparison)?"
         )
 

@@ -14,7 +14,7 @@ from gramian.batch import fields
 from gramian.errors import GramianWarning, TaskError
 from gramian.training.randomness import Own, as_plain, restore_python, state_of_python
 from gramian.training.slow import Slow
-from gramian.training.task import Task, calling
+from gramian.training.task import Task, calling, named
 
 __all__ = ["Stream"]
 
@@ -61,7 +61,7 @@ class Stream:
             self._batches = self._begin()
         while (batch := self._next()) is END:
             if not self.taken:
-                raise TaskError(f"task {self.task.name!r}: train_batches({self.epoch}, generator) gave no batches")
+                raise TaskError(f"{named(self.task)}: train_batches({self.epoch}, generator) gave no batches")
             self.epoch, self.taken = self.epoch + 1, 0
             self._batches = self._begin()
         self.taken += 1
@@ -91,13 +91,13 @@ class Stream:
         for number in range(self.taken):
             if (batch := self._next()) is END:
                 raise TaskError(
-                    f"task {self.task.name!r}: train_batches({self.epoch}, generator) gave {number} batches, but "
+                    f"{named(self.task)}: train_batches({self.epoch}, generator) gave {number} batches, but "
                     f"{self.taken} were taken before. Resume with the data that the run began with"
                 )
             self._last = batch
         if checksum(self._last) != state["last"]:
             warnings.warn(
-                f"task {self.task.name!r}: train_batches({self.epoch}, generator) gave other batches than before: the "
+                f"{named(self.task)}: train_batches({self.epoch}, generator) gave other batches than before: the "
                 "run continues, but not exactly. Draw everything random in the batches from the generator",
                 GramianWarning,
                 stacklevel=5,
@@ -110,7 +110,7 @@ class Stream:
             batches = self.task.train_batches(self.epoch, self.generator)
             if isinstance(batches, Iterator) and batches is self._given:
                 raise TaskError(
-                    f"task {self.task.name!r}: train_batches({self.epoch}, generator) returned the iterator of the "
+                    f"{named(self.task)}: train_batches({self.epoch}, generator) returned the iterator of the "
                     "last epoch, which is spent. Make a new one in it, or return a DataLoader or a list"
                 )
             self._given = batches
@@ -122,7 +122,7 @@ class Stream:
     def _all(self, batches: Iterable[Any]) -> list[Any]:
         """The batches of the first epoch, which a budget in epochs counts; of one that never ends an error."""
         advice = "and epochs counts them all first. If they never end, give steps or seconds"
-        gave = f"task {self.task.name!r}: train_batches(0, generator) gave"
+        gave = f"{named(self.task)}: train_batches(0, generator) gave"
         slow = Slow(gave, f"batches so far, {advice}")
         found = []
         for batch in batches:

@@ -17,13 +17,14 @@ from torch import nn
 
 from gramian.errors import GramianError, InputError, TaskError
 from gramian.loader import as_batches
+from gramian.misuse import known_names
 from gramian.objective import Objective
 from gramian.report import HeatMap, Picture, Table
 from gramian.report.serial import jsonable
 from gramian.rows import Rows
 from gramian.training.interrupts import is_interruption
 
-__all__ = ["Run", "Task", "as_numbers", "as_task", "calling", "described", "is_of_user"]
+__all__ = ["Run", "Task", "as_numbers", "as_task", "calling", "described", "is_of_user", "named"]
 
 LIBRARY = str(Path(__file__).parents[1])
 
@@ -61,14 +62,14 @@ class Task:
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module) or not callable(self.model):
             raise TaskError(
-                f"task {self.name!r}: model must be a function that returns a fresh model, got "
+                f"{named(self)}: model must be a function that returns a fresh model, got "
                 f"{_kind(self.model)}. Write model=lambda: {type(self.model).__name__}(…), or model=the class"
             )
         if not callable(self.train_batches):
-            given = as_batches(self.train_batches, f"task {self.name!r}")
+            given = as_batches(self.train_batches, named(self))
             if isinstance(given, Iterator):
                 raise TaskError(
-                    f"task {self.name!r}: train_batches is {_kind(given)}, which serves one epoch only. Pass a "
+                    f"{named(self)}: train_batches is {_kind(given)}, which serves one epoch only. Pass a "
                     "DataLoader, list(...), or a function train_batches(epoch, generator) that makes it"
                 )
             object.__setattr__(self, "train_batches", lambda epoch, generator: given)
@@ -77,12 +78,12 @@ class Task:
                 raise TaskError(f"task: {field_name} must be text, got {getattr(self, field_name)!r}")
         if self.pictures is not None and not callable(self.pictures):
             raise TaskError(
-                f"task {self.name!r}: pictures must be a function pictures(model) -> [gm.report.Picture, …], got "
+                f"{named(self)}: pictures must be a function pictures(model) -> [gm.report.Picture, …], got "
                 f"{_kind(self.pictures)}"
             )
         if not callable(self.evaluate):
             raise TaskError(
-                f"task {self.name!r}: evaluate must be a function evaluate(model) -> {{'accuracy': …}}, got "
+                f"{named(self)}: evaluate must be a function evaluate(model) -> {{'accuracy': …}}, got "
                 f"{_kind(self.evaluate)}"
             )
 
@@ -97,8 +98,11 @@ class Task:
         with calling(self, "train_batches(0, generator)"):
             batches = list(islice(self.train_batches(0, torch.Generator().manual_seed(0)), num))
         if not batches:
-            raise TaskError(f"task {self.name!r}: train_batches(0, generator) gave no batches")
+            raise TaskError(f"{named(self)}: train_batches(0, generator) gave no batches")
         return batches
+
+
+Task.__init__ = known_names("Task", batches="train_batches", loader="train_batches", loss="objective")(Task.__init__)
 
 
 @dataclass
@@ -115,6 +119,8 @@ class Run:
         out: the folder it was written to.
         optimizer: name of the optimizer.
         lr: its learning rate.
+        rate_from: where that comes from: `"given"`, `"suggested"`, or `"the usual one"`, with the number of steps where
+            it depends on them.
         rate: the learning rate of the last step.
         init: what was done to the model's own initialization, and why.
         resumed: the step at which the run was resumed; 0 if it was not.
@@ -134,6 +140,7 @@ class Run:
     out: Path | None = None
     optimizer: str = ""
     lr: float = 0.0
+    rate_from: str = ""
     rate: float = 0.0
     init: str = ""
     resumed: int = 0
@@ -200,6 +207,15 @@ def _kind(value: Any) -> str:
     return f"the function {value.__name__}" if hasattr(value, "__name__") else f"a {type(value).__name__}"
 
 
+def named(task: Task) -> str:
+    """A task in an error's line.
+
+    >>> named(Task(nn.Identity, Objective.regression(), [], dict, name="mine"))
+    "task 'mine'"
+    """
+    return "the task" if task.name == Task.name else f"task {task.name!r}"
+
+
 class calling:
     """A context that turns any exception from a function of the task, or without one of the user's, into a `TaskError`.
 
@@ -214,7 +230,7 @@ class calling:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, GramianError) and not is_interruption(error):
-            whose = "train" if self.task is None else f"task {self.task.name!r}"
+            whose = "train" if self.task is None else named(self.task)
             raise TaskError(f"{whose}: {self.function} raised {described(error)}") from error
 
 
@@ -263,7 +279,7 @@ def as_numbers(found: Any, task: Task) -> dict[str, float]:
         measured = {name: _number(value) for name, value in found.items()}
         if all(isinstance(name, str) and value is not None for name, value in measured.items()):
             return {name: value for name, value in measured.items() if value is not None}
-    raise TaskError(f"task {task.name!r}: evaluate(model) must return a dict of floats, got {_short(found)}")
+    raise TaskError(f"{named(task)}: evaluate(model) must return a dict of floats, got {_short(found)}")
 
 
 def _number(value: Any) -> float | int | None:
