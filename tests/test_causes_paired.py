@@ -283,3 +283,26 @@ def test_a_rectified_unit_of_its_own_may_wake() -> None:
     model = Sized()
     nn.init.constant_(model.number.bias, -9.0)
     assert not codes(model, [(x, y.abs(), k) for x, y, k in of(tasks)], both)
+
+
+def test_a_hinge_that_is_satisfied_is_no_trouble():
+    x, other = torch.randn(2, 64, 6, generator=torch.Generator().manual_seed(1))
+
+    def triplet(model, batch):
+        one, alike, apart = (model(part) for part in batch)
+        return F.relu((one - alike).square().sum(1) - (one - apart).square().sum(1) - 1).mean()
+
+    assert not codes(net(6, 4), [(x, x + 0.01, other)], triplet)
+
+
+def test_a_distribution_that_refuses_nan_hides_no_cause():
+    x, y = torch.randn(2, 64, 6, generator=torch.Generator().manual_seed(1))
+    x[3, 2] = torch.nan
+
+    def loss(model, batch):
+        mean, log = model(batch[0]).chunk(2, 1)
+        return -torch.distributions.Normal(mean, log.exp()).log_prob(batch[1][:, :2]).mean()
+
+    assert codes(net(6, 4), [(x, y)], loss) == {"input-non-finite"}
+    with pytest.raises(ValueError, match="Expected parameter loc"):
+        loss(net(6, 4), (x, y))

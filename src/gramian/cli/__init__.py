@@ -43,7 +43,7 @@ WELCOME = """\
 gramian {version}: see a network as its matrices
 
 What is wrong with it? gramian inspect model.safetensors --html report.html
-Train one              gramian train digits --steps 350 --lr 0.05 --out run
+Train one              gramian train digits --steps 350 --out run
 Make one smaller       gramian compress run --task digits --keep 0.5 --out small
 See it all in a minute gramian demo
 Is this machine ready? gramian doctor

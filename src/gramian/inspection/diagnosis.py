@@ -28,12 +28,12 @@ from gramian.inspection.experiments.probing import TRIED, probe
 from gramian.inspection.experiments.stepping import take_steps
 from gramian.inspection.experiments.zeroed import find_zeroed
 from gramian.inspection.measured import Measured
-from gramian.inspection.passes.failing import steps_run
+from gramian.inspection.passes.failing import steps_run, taking_what_is_not_finite
 from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.observing import NUM_BATCHES, observe
 from gramian.inspection.passes.places import places
 from gramian.inspection.passes.signal import SIGNAL, in_words, measure_signal
-from gramian.inspection.rules import find
+from gramian.inspection.rules import ADAMW_EPS, find
 from gramian.inspection.weights.of_files import measure_file
 from gramian.inspection.weights.of_model import measure_model
 from gramian.loader import Batches, as_batches, first_few, with_samples
@@ -108,6 +108,7 @@ def inspect(
     kept = KeptBatches(few)
     with keeping(model_or_path, objective.predict, objective.criterion), ExitStack() as after:
         after.callback(kept.put_back)
+        after.enter_context(taking_what_is_not_finite(model_or_path, few))
         given = model_or_path, few, _on_kept(objective, kept), optimizer
         measured, found = _with_data(*given, curvature=curvature, options=options, progress=progress)
     if num_read > len(few):
@@ -219,7 +220,8 @@ def _measure_signal(
     if math.isfinite(observed.loss):
         context.probes, failed = probe(model, observed, objective)
         measured.skipped |= {TRIED[what]: in_words(error).partition(": ")[2] for what, error in failed.items()}
-        measured.is_satisfied = observed.first_loss == 0.0 and context.probes.share_of_constant == 0.0
+        elsewhere = context.probes.share_of_constant == 0.0 or (context.probes.slope or 0.0) > ADAMW_EPS
+        measured.is_satisfied = observed.first_loss == 0.0 and elsewhere
     try:
         parts = [layer.name for layer in measured.layers if layer.frobenius_norm == 0.0 and "[" in layer.name]
         context.opening = open_zeros(model, observed, objective, parts)

@@ -28,7 +28,7 @@ class Measured:
             was not tried.
         frozen: parameters that need no gradient, where others do.
         entries: parameters that meet other values entry by entry, and are no matrices whatever their shape.
-        is_satisfied: whether the loss is exactly zero, and is not with the same output for all samples: there is
+        is_satisfied: whether the loss is exactly zero, and has another value or a slope with other outputs: there is
             nothing left to learn from the batch, so that gradients are zero.
         has_learned: whether the loss is far below that of an output that is the same for all samples.
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.

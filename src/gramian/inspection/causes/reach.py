@@ -12,15 +12,13 @@ from torch import nn
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.causes.precision import gradient_overflow
+from gramian.inspection.rules import ADAMW_EPS
 from gramian.report import Finding
 
 __all__ = ["RULES"]
 
 # Share of the values that are not used from which on that is a warning.
 UNUSED = 0.1
-
-# AdamW divides by √v + ε.
-ADAMW_EPS = 1e-8
 
 # Share of the gradients that are not finite from which on a finding is about all layers.
 MOST = 1 / 3

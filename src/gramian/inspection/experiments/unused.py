@@ -75,7 +75,7 @@ def without_effect(asked: Asked) -> Unused | None:
     keys = [key(g.values[0]) for g in whole_batch]  # of a tensor that is given twice, one may be used
     fed = [g.name for g, own in zip(whole_batch, keys, strict=True) if g.is_input and keys.count(own) == 1]
     given = [g for g in given_of([batch], set(), set()) if g.name in fed]
-    if len(given) < 2:
+    if len(given) < 2 or seen.first_loss == 0.0:  # a hinge that is satisfied, say, stays so with other inputs
         return None
 
     def silent(inputs: Sequence[Given]) -> list[Given]:
@@ -167,7 +167,7 @@ def idle_targets(asked: Asked) -> tuple[str, ...] | None:
     Source: this library's own.
     """
     replay, seen = asked.replay, asked.seen
-    if None not in seen.gradients.values() or not replay.is_known or not replay.outputs:
+    if None not in seen.gradients.values() or not replay.is_known or not replay.outputs or replay.here == 0.0:
         return None
     fed = {one.name for one in taken_of(seen.batches[0], seen.fed)}
     found = []
