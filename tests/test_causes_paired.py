@@ -101,6 +101,7 @@ OF_NUMBERS: dict[str, tuple[int, Loss, set[str]]] = {
     "rows": (1, lambda m, b: (m(b[0])[:, None] - b[1][:, None]).abs().mean(), {"loss-broadcast"}),
     "rolled": (1, lambda m, b: (m(b[0])[:, 0] - b[1].roll(1)).square().mean(), {"pairs-mismatched"}),
     "correlation": (1, lambda m, b: -torch.corrcoef(torch.stack((m(b[0])[:, 0], b[1])))[0, 1], set()),
+    "tiny": (1, lambda m, b: (m(b[0])[:, 0] - b[1]).square().mean() * 1e-20, {"gradient-underflow"}),
     "a product": (1, lambda m, b: -m(b[0]).sigmoid()[:, 0].pow(300).mean() * 1e-30, {"gradient-underflow"}),
 }
 

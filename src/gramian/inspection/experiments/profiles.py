@@ -179,7 +179,7 @@ def _reversed(replay: Replay, i: int, label: Given, rises: list[Tensor]) -> Prof
             below, above = (g if c < 0 else g[:, c] for g in (_slopes(replay, i, at, c) for at in (-by, by)))
             if bool((below.isfinite() & above.isfinite()).all()):
                 has_minimum = float(((below < 0) & (above > 0)).double().mean()) > 0.5
-                is_critic = _is_of_two(t) and torch.allclose(below, above, rtol=EQUAL)
+                is_critic = _is_of_two(t) and torch.allclose(below, above, rtol=EQUAL, atol=0.0)
                 if not is_critic and (not has_minimum or (c < 0 and _is_at_minus(replay, i, t))):
                     slopes = (float(below.mean()), float(above.mean()))
                     return Profile("reversed", label.name, max(c, 0), tuple(out.shape), slopes)

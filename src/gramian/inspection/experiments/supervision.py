@@ -179,7 +179,7 @@ def _of_classes(replay: Replay, label: Given, i: int, dim: int, *, alone: bool) 
     is_normalized = float(rows.float().logsumexp(-1).abs().median()) < 1e-2
     if float(here.max()) < 0 and not bool(rest_of.any()) and not is_normalized:
         there = of_own(replay.gradients(raised)[i])
-        if torch.allclose(there, here, rtol=EQUAL):
+        if torch.allclose(there, here, rtol=EQUAL, atol=0.0):
             losses = tuple(replay.value(outputs) for outputs in (replay.outputs, raised))
             return (Supervision("alone", **told, losses=losses),)
     return (None,)
@@ -264,7 +264,7 @@ def _of_numbers(replay: Replay, label: Given, i: int, target: Tensor, told: dict
     above, below = (replay.gradients(outputs)[i] for outputs in moved)
     is_one_way = bool((above > 0).all()) or bool((above < 0).all())
     is_even = float(above.abs().amax()) <= 1.001 * float(above.abs().amin())  # else by the targets, as of a divergence
-    if is_one_way and is_even and torch.allclose(above, below, rtol=1e-3):
+    if is_one_way and is_even and torch.allclose(above, below, rtol=1e-3, atol=0.0):
         losses = tuple(replay.value(o) for o in (replay.outputs, *moved))
         return Supervision("unsquared", **told, losses=losses)
     return None
