@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramian.errors import some
 from gramian.inspection.causes.context import Context
-from gramian.inspection.causes.dependence import POWER, labels_depend
+from gramian.inspection.causes.dependence import DEPENDENCE, LEAST, POWER, labels_depend
 from gramian.inspection.passes.losses import VALUES
 from gramian.report import Finding
 
@@ -47,6 +47,7 @@ def labels(context: Context) -> Iterator[Finding]:
     found = context.given_labels
     kept = [y for y in found if y is not None]
     if not kept or len(kept) < len(found):
+        context.skipped[DEPENDENCE] = "the batches have no label for each sample"
         return
     y = _joined(kept)
     lost = int((~y.isfinite()).sum()) if y.is_floating_point() else 0
@@ -86,19 +87,21 @@ def labels(context: Context) -> Iterator[Finding]:
             advice="Shuffle the training data: DataLoader(…, shuffle=True).",
         )
     if not context.are_compared:
-        context.skipped["whether labels depend on inputs"] = (
+        context.skipped[DEPENDENCE] = (
             "no loss of torch is seen to take the labels, or they may depend on what only the loss takes"
         )
         return
     if context.probes.ignores_order:
-        context.skipped["whether labels depend on inputs"] = "the model takes sets, whose neighbors nothing tells"
+        context.skipped[DEPENDENCE] = "the model takes sets, whose neighbors nothing tells"
         return
     if context.has_learned:
-        context.skipped["whether labels depend on inputs"] = "the network predicts them already"
+        context.skipped[DEPENDENCE] = "the network predicts them already"
         return
     test = labels_depend(context.given_inputs, kept)
+    if test is None:
+        context.skipped[DEPENDENCE] = f"fewer than {LEAST} samples, or inputs and labels of kinds that no test is for"
     if test is not None and not test.are_independent and test.p_value > test.level:
-        context.skipped["whether labels depend on inputs"] = (
+        context.skipped[DEPENDENCE] = (
             f"too few samples for so many features, or relations that simple tests miss: {test.evidence}"
         )
     if test is not None and test.p_value > test.level and test.linear_power >= POWER:

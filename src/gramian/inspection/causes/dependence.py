@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["POWER", "Dependence", "labels_depend"]
+__all__ = ["DEPENDENCE", "LEAST", "POWER", "Dependence", "labels_depend"]
+
+DEPENDENCE = "whether labels depend on inputs"
+"""What a report says was not looked at where no test could tell."""
 
 # Samples from which on the test is made, and up to which it is.
 LEAST, MOST = 100, 1024

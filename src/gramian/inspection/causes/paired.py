@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from gramian.inspection.causes.alignment import places_depend
 from gramian.inspection.causes.context import Context
-from gramian.inspection.causes.dependence import labels_depend
+from gramian.inspection.causes.dependence import DEPENDENCE, labels_depend
 from gramian.report import Finding
 
 __all__ = ["RULES"]
@@ -23,14 +23,16 @@ def paired(context: Context) -> Iterator[Finding]:
         y = given.values
         if given.name not in names or len(inputs) != len(y):
             continue
-        evidence, aligned = "", ""
+        evidence, aligned, is_seen = "", "", False
         if y[0].ndim == 1 or (y[0].ndim == 2 and y[0].is_floating_point() and y[0].shape[1] == 1):
             if tested is y[0] or context.probes.ignores_order:
                 continue
             test = labels_depend(inputs, y)
+            is_seen = test is not None and (test.are_independent or test.p_value <= test.level)
             evidence = test.evidence if test is not None and test.are_independent else ""
         elif len(inputs[0]) == 1:
             place = places_depend([one[0] for one in inputs], y)
+            is_seen = place is not None
             if place is not None and place.are_independent:
                 samples, places = place.num
                 aligned = place.aligned
@@ -41,6 +43,8 @@ def paired(context: Context) -> Iterator[Finding]:
                     f"and the label before, and on average, no more than those of other samples do: {place.z:.1f} "
                 )
                 evidence += "deviations above chance, and 2 would be seen"
+        if is_seen:
+            context.skipped.pop(DEPENDENCE, None)
         if evidence:
             yield Finding(
                 "labels-independent",
