@@ -337,6 +337,28 @@ def test_decoders(fault: str, code: str, own: bool) -> None:
     assert code in found if code else not found
 
 
+class Attend(nn.Module):
+    """Attention whose queries compete for keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x) for layer in self.maps)
+        return x + (q @ k.mT).softmax(1) @ v
+
+
+def test_all_modules_with_the_same_fault_are_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Attend(), nn.Tanh(), Attend(), nn.Flatten(), nn.Linear(40, 2))
+    generator = torch.Generator().manual_seed(1)
+    batch = torch.randn(32, 5, 8, generator=generator), torch.randint(2, (32,), generator=generator)
+    found = next(f for f in gm.inspect(model, [batch], gm.Objective.classification()).findings if f.severity == "error")
+    assert (found.code, found.where) == ("attention-over-queries", "0, 2")
+    assert "so in 1 other module" in found.evidence
+
+
 def test_what_classes_hold_is_put_back() -> None:
     class Counting(nn.Module):
         calls = 0

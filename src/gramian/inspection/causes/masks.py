@@ -14,6 +14,7 @@ from gramian.inspection.passes.attention import NUM_SAMPLES
 from gramian.inspection.passes.observed import Visible
 from gramian.inspection.passes.padding import padding_of
 from gramian.report import Finding, Severity
+from gramian.report.model import plural
 
 __all__ = ["RULES"]
 
@@ -94,16 +95,17 @@ def _masked(context: Context, names: list[str], severity: Severity, does: str, e
 def over_queries(context: Context) -> Iterator[Finding]:
     """Find attention with a softmax over the queries in place of the keys. Exact."""
     found = context.observed.over_queries
-    if found is None:
+    if not found:
         return
-    name, shape = found
+    name, shape = next(iter(found.items()))
+    more = f"; so in {plural(len(found) - 1, 'other module')}" if len(found) > 1 else ""
     yield Finding(
         "attention-over-queries",
         "error",
         f"The softmax of the attention in {context.told(name)} is over the queries, and not over the keys",
-        where=name or "all layers",
+        where=", ".join(found) if name else "all layers",
         evidence=f"of the weights {shape}, dimension {len(shape) - 2} sums to one, and the last is multiplied by the "
-        "values (exact)",
+        f"values{more} (exact)",
         cause="What a query gets is no mean of the values: queries compete for keys, and in a decoder each depends on "
         "those behind it.",
         advice="Use softmax(dim=-1) of scores (…, queries, keys).",

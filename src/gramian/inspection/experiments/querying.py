@@ -45,7 +45,7 @@ class OverQueries:
             return
         if func in _PRODUCTS and len(given) == 2:
             if id(given[0]) in self.weights:
-                self.seen.over_queries = self.seen.over_queries or (name, tuple(given[0].shape))
+                self.seen.over_queries.setdefault(name, tuple(given[0].shape))
             elif all(t.requires_grad and not _is_parameter(t) for t in given):
                 self.products[id(made)] = made  # scores, by queries and keys
         elif func in _SOFTMAX and given and id(given[0]) in self.products:
