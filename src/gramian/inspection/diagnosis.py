@@ -227,9 +227,12 @@ def _measure_signal(
         context.opening = open_zeros(model, observed, objective, parts)
         measured.waiting = context.opening.waiting
         context.zeroed = find_zeroed(model, observed, objective, context.opening.waiting)
-        context.moved_by_steps = moved_by_steps(model, observed, objective)
     except Exception as error:  # a model that cannot be trained twice on one batch
         measured.skipped |= {"what starts at zero": in_words(error)}
+    try:
+        context.moved_by_steps = moved_by_steps(model, observed, objective)
+    except Exception as error:
+        measured.skipped |= {"how far a step of what is trained moves the outputs": in_words(error)}
     if optimizer is None:
         measured.skipped |= {STEPS: "no optimizer was given"}
     elif not math.isfinite(observed.loss):

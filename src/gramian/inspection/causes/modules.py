@@ -46,19 +46,19 @@ def dead_units(context: Context) -> Iterator[Finding]:
         for a in context.observed.activations
         if a.function in ("relu", "relu6", "hardtanh") and a.dead and not _is_given_zeros(context, a)
     ]
-    shut = [a for a in rectified if _is_shut(a) and not _may_wake(context, [a])]
+    waking = {id(a) for a in rectified if _may_wake(context, a)}
+    shut = [a for a in rectified if _is_shut(a) and id(a) not in waking]
     dead = shut or [a for a in rectified if a.rows >= FEW and a.dead >= DEAD * a.channels]
+    asleep = {context.source_of(a) for a in rectified if id(a) in waking and (_is_shut(a) or a in dead)}
+    context.asleep |= {n for n in context.parameters if context.module_of(n) in asleep}
     if dead:
         worst = max(dead, key=lambda a: a.dead / a.channels)
         sources = tuple(dict.fromkeys(context.source_of(a) for a in dead))
         share = worst.dead / worst.channels
+        can_wake = waking.issuperset(map(id, dead))
         yield Finding(
             "dead-units",
-            "error"
-            if shut
-            else "info"
-            if context.has_learned or share < MANY_DEAD or _may_wake(context, dead)
-            else "warning",
+            "error" if shut else "info" if context.has_learned or share < MANY_DEAD or can_wake else "warning",
             f"{worst.dead} of {worst.channels} units after {context.told(sources[0])} are never active"
             if len(dead) == 1
             else f"In {len(dead)} layers most units are never active, up to {worst.dead} of {worst.channels}",
@@ -72,19 +72,14 @@ def dead_units(context: Context) -> Iterator[Finding]:
         )
 
 
-def _may_wake(context: Context, dead: list[Activation]) -> bool:
-    """Whether all are layers of so few units that chance makes them so, and layers before them are trained by others.
+def _may_wake(context: Context, a: Activation) -> bool:
+    """Whether a layer has so few units that chance makes them so, and layers before it are trained by others.
 
     A count, a size or a rate may be a rectified unit of its own, which wakes when what it is given changes.
     """
-    for a in dead:
-        before = context.observed.used.get(f"{context.source_of(a)}.weight", 0)
-        trained = (n for n, size in context.observed.gradients.items() if size)
-        if a.channels > FEW_UNITS or not any(context.observed.used.get(n, before) < before for n in trained):
-            return False
-    owners = {context.source_of(a) for a in dead}
-    context.asleep |= {n for n in context.parameters if context.module_of(n) in owners}
-    return True
+    before = context.observed.used.get(f"{context.source_of(a)}.weight", 0)
+    trained = (n for n, size in context.observed.gradients.items() if size)
+    return a.channels <= FEW_UNITS and any(context.observed.used.get(n, before) < before for n in trained)
 
 
 def _renewed(context: Context, sources: tuple[str, ...]) -> Action:
@@ -97,12 +92,6 @@ def _is_given_zeros(context: Context, a: Activation) -> bool:
     """Whether pre-activations are exactly zero, as behind a branch that starts at zero, and not negative."""
     call = context.first_calls.get(context.source_of(a))
     return call is not None and call.output.rms == 0.0
-
-
-def _is_beside(context: Context, a: Activation) -> bool:
-    """Whether parameters other than those of the layer in front get a gradient."""
-    source = context.source_of(a)
-    return any(grad for name, grad in context.observed.gradients.items() if context.module_of(name) != source)
 
 
 def _is_shut(a: Activation) -> bool:

@@ -73,11 +73,8 @@ def _takes_more(replay: Replay) -> bool:
     """Whether another tensor of the batch, in place of which comes one in another order, changes the loss."""
     for one in given_of([replay.batch], set(), set()):
         t = one.values[0]
-        if (
-            replay.gradients(replay.outputs, mapped(replay.batch, lambda v, t=t: v.roll(1, 0) if v is t else v))[0]
-            .ne(replay.slopes[0])
-            .any()
-        ):
+        other = mapped(replay.batch, lambda v, t=t: v.roll(1, 0) if v is t else v)
+        if not torch.equal(replay.gradients(replay.outputs, other)[0], replay.slopes[0]):
             return True
     return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gramian.inspection.experiments.replaying import Asked
+from gramian.inspection.rules import ADAMW_EPS
 
 __all__ = ["largest_slope"]
 
@@ -33,7 +34,7 @@ def largest_slope(asked: Asked) -> float | None:
         return sum(float(g.double().abs().sum()) for g in gradients)
 
     largest = of(replay.slopes)
-    if not largest < torch.finfo(torch.float32).eps:
+    if not largest < ADAMW_EPS:
         return largest
     generator = torch.Generator().manual_seed(0)
     for _ in range(DRAWS):

@@ -38,11 +38,9 @@ def paired(context: Context) -> Iterator[Finding]:
                 aligned = place.aligned
                 evidence = (
                     f"of {samples} samples with {places} places, labels go with what stands at their place, with it "
-                )
-                evidence += (
                     f"and the label before, and on average, no more than those of other samples do: {place.z:.1f} "
+                    "deviations above chance, and 2 would be seen"
                 )
-                evidence += "deviations above chance, and 2 would be seen"
         if is_seen:
             context.skipped.pop(DEPENDENCE, None)
         if evidence:
