@@ -1,0 +1,88 @@
+"""What a step of Muon costs on small networks, beside its peers: processor time of one thread, in turns.
+
+    OMP_NUM_THREADS=1 python benchmarks/small_steps.py [ROUNDS]
+
+Random gradients, the same for all; the median over rounds of five steps each. Needs pytorch_optimizer.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+import gramian as gm
+from gramian.bench.learning_networks import Recurrent, Transformer, depthwise, mlp
+
+PER, WARM = 5, 3
+
+
+def _chain(layers: list[nn.Module], inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs, outputs))
+
+
+def _cnn() -> nn.Sequential:
+    sides = ((3, 16), (16, 32), (32, 32))
+    layers = [m for a, b in sides for m in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())]
+    return _chain(layers, 128, 10)
+
+
+def _signals() -> nn.Sequential:
+    sides = ((1, 24), (24, 24), (24, 48))
+    return _chain([m for a, b in sides for m in (nn.Conv1d(a, b, 5, padding=2), nn.ReLU())], 240, 10)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "MLP 2×128": lambda: mlp(20, 5, 128, 3),
+    "MLP 2×256": lambda: mlp(64, 10, 256, 3),
+    "small CNN": _cnn,
+    "1-D convolutions": _signals,
+    "LSTM 64": lambda: Recurrent(64, 2, 30, linear=False),
+    "MLP 14×32": lambda: _chain([m for _ in range(14) for m in (nn.Linear(32, 32), nn.Tanh())], 32, 4),
+    "depthwise": depthwise,
+    "transformer 64×2": lambda: Transformer(width=64, depth=2, heads=4, context=32),
+}
+
+
+def _peers() -> dict[str, Callable[[nn.Module], Any]]:
+    from gramian.bench.competitors import _adamw, _peer_muon, _torch_muon
+
+    return {
+        "AdamW, fused": lambda model: _adamw(model.parameters(), 1e-3),
+        "torch Muon": lambda model: _torch_muon(model, 1e-3, 1e-3),
+        "pytorch_optimizer Muon": lambda model: _peer_muon(model, 1e-3, 1e-3),
+        "gramian Muon": lambda model: gm.optim.Muon(model, lr=1e-3),
+    }
+
+
+def microseconds(make: Callable[[], nn.Module], rounds: int) -> dict[str, float]:
+    """The median step of each optimizer."""
+    models = {name: make() for name in _peers()}
+    optimizers = {name: of(models[name]) for name, of in _peers().items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    generator = torch.Generator().manual_seed(0)
+    names = list(models)
+    for turn in range(rounds + WARM):
+        grads = [torch.randn(p.shape, generator=generator) for p in models[names[0]].parameters()]
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            for p, g in zip(models[name].parameters(), grads, strict=True):
+                p.grad = g.clone()
+            optimizers[name].step()
+            begin = time.process_time_ns()
+            for _ in range(PER):
+                optimizers[name].step()
+            if turn >= WARM:
+                times[name].append((time.process_time_ns() - begin) / PER / 1000)
+    return {name: median(of) for name, of in times.items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for network, make in NETWORKS.items():
+        found = microseconds(make, int(sys.argv[1]) if len(sys.argv) > 1 else 24)
+        print(network, *(f"{name} {value:.0f} µs" for name, value in found.items()), sep=", ", flush=True)
