@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
@@ -22,7 +22,7 @@ from gramian.bench.learning_networks import Recurrent, Transformer, depthwise, m
 PER, WARM = 5, 3
 
 
-def _chain(layers: list[nn.Module], inputs: int, outputs: int) -> nn.Sequential:
+def _chain(layers: Iterable[nn.Module], inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs, outputs))
 
 
