@@ -36,7 +36,7 @@ from gramian.inspection.passes.signal import SIGNAL, in_words, measure_signal
 from gramian.inspection.rules import ADAMW_EPS, find
 from gramian.inspection.weights.of_files import measure_file
 from gramian.inspection.weights.of_model import measure_model
-from gramian.loader import Batches, as_batches, first_few, with_samples
+from gramian.loader import Batches, as_batches, first_few, is_in_memory, with_samples
 from gramian.objective import Objective, as_objective
 from gramian.recording.failing import check_runs
 from gramian.recording.keeping import keeping, kept_random
@@ -49,6 +49,9 @@ __all__ = ["inspect"]
 # What a report says it looked at, or not.
 STEPS = "optimizer's steps"
 FAILING = "causes in training steps"
+
+# Batches beyond those that are looked at, of which the rows are read where all are in memory.
+NUM_FURTHER = 12
 
 
 def inspect(
@@ -101,15 +104,18 @@ def inspect(
         measured.skipped |= {SIGNAL: "no batches and objective were given"}
         return _report(title or type(model_or_path).__name__, measured)
     with kept_random():
-        few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
+        batches = as_batches(batches, "inspect")
+        most = NUM_FURTHER if is_in_memory(batches) else 0
+        few = first_few(batches, NUM_BATCHES + most, "inspect")
     few = [mapped(batch, lambda t: t) if has_arrays(batch) else batch for batch in few]
+    few, further = few[:NUM_BATCHES], few[NUM_BATCHES:]
     num_read, few = len(few), with_samples(few, "inspect")
     objective = as_objective(objective)
     kept = KeptBatches(few)
     with keeping(model_or_path, objective.predict, objective.criterion), ExitStack() as after:
         after.callback(kept.put_back)
         after.enter_context(taking_what_is_not_finite(model_or_path, few))
-        given = model_or_path, few, _on_kept(objective, kept), optimizer
+        given = model_or_path, few, further, _on_kept(objective, kept), optimizer
         measured, found = _with_data(*given, curvature=curvature, options=options, progress=progress)
     if num_read > len(few):
         measured.notes.append(f"Batches without samples, which were left out: {num_read - len(few)} of {num_read}.")
@@ -131,6 +137,7 @@ def _on_kept(objective: Objective, kept: KeptBatches) -> Objective:
 def _with_data(
     model: nn.Module,
     few: list[Any],
+    further: list[Any],
     objective: Objective,
     optimizer: Optimizer | None,
     *,
@@ -145,7 +152,7 @@ def _with_data(
     sizes = observed.image_sizes if observed is not None else {}
     measured = measure_model(model, progress, image_sizes=sizes, **options)
     measured.skipped |= skipped
-    found = _measure_signal(measured, model, few, objective, observed, optimizer, options["layouts"], progress)
+    found = _measure_signal(measured, model, few, further, objective, observed, optimizer, options["layouts"], progress)
     if curvature:
         measure_curvature(measured, model, few, objective, optimizer, progress)
     return measured, found
@@ -188,6 +195,7 @@ def _measure_signal(
     measured: Measured,
     model: nn.Module,
     few: list[Any],
+    further: list[Any],
     objective: Objective,
     observed: Observed | None,
     optimizer: Optimizer | None,
@@ -201,7 +209,7 @@ def _measure_signal(
         except Exception as error:  # training steps fail, and so may this
             measured.skipped |= {SIGNAL: in_words(error)}
         return list(training_fails(measured.skipped[FAILING])) if FAILING in measured.skipped else []
-    context = Context(model, observed, optimizer, layers=measured.layers)
+    context = Context(model, observed, optimizer, layers=measured.layers, further=further)
     measured.frozen = frozenset(context.frozen if len(context.frozen) < len(context.parameters) else ())
     if observed.error is not None:
         measured.skipped |= {SIGNAL: f"the loss fails: {in_words(observed.error)}"}
@@ -262,6 +270,9 @@ def _measure_signal(
         measured.facts |= {"loss in evaluation mode": context.evaluated.loss}
     measured.notes.append(
         f"Looked at {len(few)} batches, and no more were read: all for the data, the first for the signal."
+        if len(few) > 1 and not further
+        else f"Looked at {len(few)} batches, all for the data, the first for the signal; of up to {len(further)} more, "
+        "which are in memory, at whether rows belong together."
         if len(few) > 1
         else "Looked at one batch."
     )

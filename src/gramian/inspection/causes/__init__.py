@@ -13,6 +13,7 @@ from gramian.inspection.causes.freezing import RULES as FREEZING
 from gramian.inspection.causes.gates import RULES as GATES
 from gramian.inspection.causes.heads import RULES as HEADS
 from gramian.inspection.causes.inputs import RULES as INPUTS
+from gramian.inspection.causes.joined import RULES as JOINED
 from gramian.inspection.causes.labels import RULES as LABELS
 from gramian.inspection.causes.leaks import RULES as LEAKS
 from gramian.inspection.causes.likelihoods import RULES as LIKELIHOODS
@@ -34,7 +35,7 @@ from gramian.inspection.causes.zeroed import RULES as ZEROED
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *INPUTS, *DATA, *LABELS, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *PAIRS, *PROBED, *LEAKS,
+    *INPUTS, *JOINED, *DATA, *LABELS, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *PAIRS, *PROBED, *LEAKS,
     *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *MASKS, *MODULES, *GATES, *NORMS, *PRECISION,
     *STEPPING,
 )  # fmt: skip

@@ -24,6 +24,7 @@ from gramian.inspection.experiments.replaying import Asked, are_equal, loss_of, 
 from gramian.inspection.experiments.rows import Rows, compared_rows
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
+from gramian.inspection.experiments.together import Together, rows_together
 from gramian.inspection.experiments.unused import Idle, Unused, idle_half, idle_targets, without_columns, without_effect
 from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
@@ -60,6 +61,7 @@ TRIED = {
     "slope": "whether the loss has a slope at all",
     "recut": "whether a reshape gives an axis another place",
     "share_of_constant": "the loss with equal outputs for all samples",
+    "together_rows": "what the loss takes of each row of a batch",
 }
 """What a report says of a change that could not be tried."""
 
@@ -106,6 +108,7 @@ class Probes:
         slope: the largest sum of its gradients by outputs, as they are and drawn.
         recut: a reshape that gives an axis another place.
         share_of_constant: the loss over that with the same output for all samples.
+        together_rows: which tensors of a batch the loss takes row by row.
     """
 
     unlinked: tuple[str, ...] = ()
@@ -134,6 +137,7 @@ class Probes:
     slope: float | None = None
     recut: Recut | None = None
     share_of_constant: float | None = None
+    together_rows: Together | None = None
 
 
 def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[Probes, dict[str, Exception]]:
@@ -276,5 +280,5 @@ _PROBES = (
     _unlinked, _cut, _is_affine, _sum_over, falls, plunges, without_effect, idle_half, idle_targets, ignores_order,
     against_labels, silent_columns, silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding,
     along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope, recut,
-    constant_loss,
+    constant_loss, rows_together,
 )  # fmt: skip
