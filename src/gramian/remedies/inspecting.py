@@ -80,7 +80,8 @@ def inspect(
         model_or_path: a module; or a `.safetensors` file, a Hugging Face folder, or a `.pt` state dict, of which
             nothing is executed.
         batches: a `DataLoader`, a list or another iterable of batches, of which the first four are read, and up to 16
-            with `verify` or where they are in memory: a list, or a loader of tensors without workers; see docs/objectives.md. Most is measured on the first.
+            with `verify` or where they are in memory: a list, or a loader of tensors without workers. See
+            docs/objectives.md. Most is measured on the first.
         objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean`.
         optimizer: made for this model. Its settings are judged, and a few of its steps are taken on a copy of both.
         verify: whether to try the remedies.

@@ -11,6 +11,7 @@ from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.causes.dependence import DEPENDENCE, POWER
 from gramian.inspection.causes.joins import Join, follows, power, relations
+from gramian.inspection.causes.likeness import is_sequence
 from gramian.inspection.passes.given import Given, given_of
 from gramian.report import Finding
 from gramian.report.model import plural
@@ -68,7 +69,8 @@ def _shifted(context: Context, tensors: dict[str, Tensor], joins: dict[str, Join
     best = [name for name, join in moved.items() if join.shifted <= max(least, 1e-300) ** 0.8]
     inputs = {g.name for g in context.given if g.is_input}
     labels = _labels(context)
-    name = min(best, key=lambda n: (n not in labels, n in inputs, moved[n].shifted))
+    own = [name for name in moved if name in labels]  # all inputs may be off by the reverse
+    name = own[0] if own else min(best, key=lambda n: (n in inputs, moved[n].shifted))
     join = moved[name]
     if any(follows(t, join.shift) for n, t in tensors.items()):
         return None  # in the order of time, where one row holds what the next is to be
@@ -79,8 +81,8 @@ def _shifted(context: Context, tensors: dict[str, Tensor], joins: dict[str, Join
         "warning",
         f"The rows of {name} belong to other samples: to those {where}",
         where="labels" if name in labels else "data",
-        evidence=f"of {join.num} samples, those that are alike in {name} are {'no' if join.is_unseen else 'hardly'} more "
-        f"alike in {some(rest, SHOWN)} than by chance (p = {join.p_value:.2g}); taken {where} they are "
+        evidence=f"of {join.num} samples, those that are alike in {name} are {'no' if join.is_unseen else 'hardly'} "
+        f"more alike in {some(rest, SHOWN)} than by chance (p = {join.p_value:.2g}); taken {where} they are "
         f"(p = {join.shifted:.1g})",
         cause="An index is off, or one tensor was rolled, or lost rows at an end, before they were joined.",
         advice="Look at a few samples with all that belongs to them, and join by a key and not by position.",
@@ -118,6 +120,8 @@ def _unrelated(context: Context, tensors: dict[str, Tensor], joins: dict[str, Jo
         )  # fmt: skip
     if not taken:
         return None
+    if len(taken) > 1 and any(not tensors[n].is_floating_point() for n in taken if n not in labels):
+        return None  # choices, of which something came that may be chance as yet
     if all(joins[name].is_unseen for name in taken):
         if not all(_would_see(tensors[name], inputs) for name in taken):
             return None
@@ -143,19 +147,18 @@ def _finding(code: str, title: str, join: Join, name: str, rest: list[str], *, w
         title,
         where=where,
         evidence=f"of {join.num} samples, those that are alike in {name} are no more alike in {some(rest, SHOWN)} than "
-        f"by chance (p = {join.p_value:.2g} for dependence); of labels made up of these inputs, half of them "
-        f"noise, at least {POWER:.0%} would be seen",
+        f"by chance (p = {join.p_value:.2g} for dependence); of labels made up of these inputs, a quarter to three quarters of "
+        f"them noise, at least {POWER:.0%} would be seen",
         cause="They were shuffled apart, or joined by the wrong index.",
-        advice="Look at a few samples with all that belongs to them, and join by a key and not by position. Relations of "
-        "three or more inputs at once (parity) also look like this.",
+        advice="Look at a few samples with all that belongs to them, and join by a key and not by position. Relations "
+        "of three or more inputs at once (parity), and very weak ones, also look like this.",
     )
 
 
 def _would_see(label: Tensor, inputs: list[Tensor], *, beside: Tensor | None = None) -> bool:
-    """Whether nearly all labels that are made up of these inputs are seen; of sequences, which say more, linear ones."""
+    """Whether nearly all labels that are made up of these inputs are seen; for sequences of labels, linear ones."""
     found = power(label, inputs, beside=beside)
-    is_sequence = label.ndim > 1 and not label.is_floating_point() and label[0].numel() > 1
-    return found is not None and (found[0] if is_sequence else min(found)) >= POWER
+    return found is not None and (found[0] if is_sequence(label) else min(found)) >= POWER
 
 
 def _is_mask(t: Tensor) -> bool:

@@ -10,14 +10,14 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from gramian.inspection.causes.likeness import kernels, simple_features
+from gramian.inspection.causes.likeness import is_sequence, kernels, simple_features
 
 __all__ = ["CERTAIN", "LEAST", "UNSEEN", "Join", "follows", "power", "relations"]
 
 # Samples from which on the tests are made, and up to which they are; of other orders fewer.
 LEAST, MOST, MOST_SHIFTED = 100, 512, 256
 # Above this p-value a relation is not seen; in another order it is, below that one and at so many deviations.
-UNSEEN, CERTAIN, FAR = 0.02, 1e-10, 8.0
+UNSEEN, CERTAIN, FAR = 0.005, 1e-10, 8.0
 # Above this one a relation may be one of margins and masks alone, if the rows belong together that many times as much
 # elsewhere.
 FAINT, TIMES = 1e-20, 3.0
@@ -25,8 +25,9 @@ FAINT, TIMES = 1e-20, 3.0
 FOLLOWS = 1e-4
 # Rows by which a tensor may be shifted; random orders that must be far from what a shift shows.
 SHIFTS, NUM_SHUFFLES = 8, 20
-# Labels that are made up, and the share of them that is noise.
-NUM_MADE_UP, NOISE = 20, 2
+# Labels that are made up, and the share of them that is noise: linear ones of tables, which often say little, products,
+# and those of sequences.
+NUM_MADE_UP, OF_TABLES, OF_PRODUCTS, OF_SEQUENCES = 20, 3 / 4, 1 / 2, 1 / 4
 # Ways to be alike that are tried for the rest of the batch.
 MOST_WAYS = 60
 
@@ -125,7 +126,8 @@ def follows(t: Tensor, shift: int) -> bool:
 def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = None) -> tuple[float, float] | None:
     """The shares of labels made up of these inputs, linearly and by products of two, that the tests see.
 
-    Half of the labels is noise. There are as many classes as in the label, four where it is numbers.
+    Three quarters of the linear ones are noise, half of the products, and a quarter of both of sequences. There are as many
+    classes as in the label, four where it is numbers.
 
     Args:
         label: (N, …).
@@ -139,6 +141,7 @@ def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = No
     """
     made = [simple_features(t[:MOST]) for t in inputs]
     features = [t for t in made if t is not None]
+    of_sequences = any(map(is_sequence, inputs))
     if not features or len(features) < len(made):
         return None
     x = torch.cat(features, 1)
@@ -156,12 +159,12 @@ def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = No
         return _test([_Centered.of(k) for k in own], around)[0] <= UNSEEN
 
     def seen(*, are_products: bool) -> float:
-        num = 0
+        num, share = 0, OF_SEQUENCES if of_sequences else OF_PRODUCTS if are_products else OF_TABLES
         for _ in range(NUM_MADE_UP):
             scores = _drawn(x, classes, generator)
             y = (scores * _drawn(x, classes, generator) if are_products else scores).argmax(1)
             order = torch.randperm(len(y), generator=generator)
-            noisy = order[::NOISE]
+            noisy = order[: int(share * len(order))]
             y[noisy] = y[noisy][torch.randperm(len(noisy), generator=generator)]
             num += is_seen(y)
         return num / NUM_MADE_UP

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["kernels", "simple_features"]
+__all__ = ["is_sequence", "kernels", "simple_features"]
 
 # Codes that count each for itself; values of a number up to which it counts as one; columns of a table of codes.
 MOST_CODES, MOST_VALUES, FEW_COLUMNS = 64, 10, 8
@@ -21,8 +21,8 @@ def kernels(t: Tensor) -> list[Tensor]:
 
     Codes are equal or not. Numbers are compared by their products, the squares of these, which are products of pairs
     of numbers, and within a neighborhood. Tokens are compared by how many of each there are, and place by place, by
-    pairs of them too, those that do not count (below zero) aside; vectors of a sequence also by what they are on average, and at most; images
-    also by how strongly small patches of some of them are found anywhere.
+    pairs of them too, those that do not count (below zero) aside; vectors of a sequence also by what they are on
+    average, and at most; images also by how strongly small patches of some of them are found anywhere.
 
     Args:
         t: (N, …), finite.
@@ -65,6 +65,11 @@ def simple_features(t: Tensor) -> Tensor | None:
         return None
     found = _counted(t.reshape(len(t), -1))
     return _standardized(found.flatten(1) if found.shape[1] <= FEW_COLUMNS else found.sum(1))
+
+
+def is_sequence(t: Tensor) -> bool:
+    """Whether each sample has several tokens."""
+    return t.ndim > 1 and not t.is_floating_point() and t[0].numel() > 1
 
 
 def _is_code(t: Tensor) -> bool:
