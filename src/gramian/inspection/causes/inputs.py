@@ -152,9 +152,9 @@ def _inputs(context: Context) -> Tensor | None:
             x = main_input(batch)
         except (GramianError, TypeError, ValueError, KeyError, IndexError):
             return None
-        if x.ndim < 2 or x.is_complex():
+        if x.is_complex() or (x.ndim < 2 and x.is_floating_point()):
             return None
-        found.append(x.detach().float().cpu())
+        found.append((x if x.ndim > 1 else x[:, None]).detach().float().cpu())
     if not found or any(x.shape[1:] != found[0].shape[1:] for x in found):
         return None
     return torch.cat(found)
