@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import wraps
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gramian.alignment import labels_of
 from gramian.batch import has_arrays, mapped
 from gramian.calls import as_model
-from gramian.errors import InputError
+from gramian.errors import GramianError, InputError
 from gramian.inspection.causes import CAUSES, Context, ordered
-from gramian.inspection.causes.data import labels_in_range
+from gramian.inspection.causes.data import labels_in_range, lost_labels
 from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.experiments.adapting import moved_by_steps
 from gramian.inspection.experiments.curvature import measure_curvature
@@ -191,6 +192,15 @@ def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Ob
         return None, {FAILING: in_words(error)}
 
 
+def _labels(few: Sequence[Any]) -> list[Tensor]:
+    """The labels of the batches that have some."""
+    found = []
+    for batch in few:
+        with suppress(GramianError, TypeError, ValueError, KeyError, IndexError):
+            found.append(labels_of(batch))
+    return [y for y in found if isinstance(y, Tensor)]
+
+
 def _measure_signal(
     measured: Measured,
     model: nn.Module,
@@ -208,7 +218,8 @@ def _measure_signal(
             measure_signal(measured, model, few[0], objective, layouts, progress)
         except Exception as error:  # training steps fail, and so may this
             measured.skipped |= {SIGNAL: in_words(error)}
-        return list(training_fails(measured.skipped[FAILING])) if FAILING in measured.skipped else []
+        lost = lost_labels(_labels(few))
+        return lost or (list(training_fails(measured.skipped[FAILING])) if FAILING in measured.skipped else [])
     context = Context(model, observed, optimizer, layers=measured.layers, further=further)
     measured.frozen = frozenset(context.frozen if len(context.frozen) < len(context.parameters) else ())
     if observed.error is not None:

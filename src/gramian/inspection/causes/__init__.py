@@ -5,6 +5,7 @@ Each rule takes a `Context`, which holds a few watched training steps, and yield
 """
 
 from gramian.inspection.causes.adapting import RULES as ADAPTING
+from gramian.inspection.causes.arguments import RULES as ARGUMENTS
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.data import RULES as DATA
 from gramian.inspection.causes.derivatives import RULES as DERIVATIVES
@@ -36,6 +37,6 @@ __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
     *INPUTS, *JOINED, *DATA, *LABELS, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *PAIRS, *PROBED,
-    *LEAKS, *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *MASKS, *MODULES, *GATES, *NORMS,
-    *PRECISION, *STEPPING,
+    *ARGUMENTS, *LEAKS, *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *MASKS, *MODULES,
+    *GATES, *NORMS, *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -147,8 +147,8 @@ def _finding(code: str, title: str, join: Join, name: str, rest: list[str], *, w
         title,
         where=where,
         evidence=f"of {join.num} samples, those that are alike in {name} are no more alike in {some(rest, SHOWN)} than "
-        f"by chance (p = {join.p_value:.2g} for dependence); of labels made up of these inputs, a quarter to three quarters of "
-        f"them noise, at least {POWER:.0%} would be seen",
+        f"by chance (p = {join.p_value:.2g} for dependence); of labels made up of these inputs, a quarter to three "
+        f"quarters of them noise, at least {POWER:.0%} would be seen",
         cause="They were shuffled apart, or joined by the wrong index.",
         advice="Look at a few samples with all that belongs to them, and join by a key and not by position. Relations "
         "of three or more inputs at once (parity), and very weak ones, also look like this.",

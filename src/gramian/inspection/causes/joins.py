@@ -126,8 +126,8 @@ def follows(t: Tensor, shift: int) -> bool:
 def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = None) -> tuple[float, float] | None:
     """The shares of labels made up of these inputs, linearly and by products of two, that the tests see.
 
-    Three quarters of the linear ones are noise, half of the products, and a quarter of both of sequences. There are as many
-    classes as in the label, four where it is numbers.
+    Three quarters of the linear ones are noise, half of the products, and a quarter of both of sequences. There are as
+    many classes as in the label, four where it is numbers.
 
     Args:
         label: (N, …).

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from gramian.batch import main_input, mapped, num_samples
+from gramian.inspection.experiments.beyond import beyond_ends
 from gramian.inspection.experiments.choices import Choices, along_choices
 from gramian.inspection.experiments.compared import label_names
 from gramian.inspection.experiments.contrasting import Contrast, pulled_apart
 from gramian.inspection.experiments.endless import falls, plunges
 from gramian.inspection.experiments.flat import largest_slope
+from gramian.inspection.experiments.inverted import inverted_mask
 from gramian.inspection.experiments.ordering import ignores_order
 from gramian.inspection.experiments.padded import Reading, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
@@ -25,6 +27,7 @@ from gramian.inspection.experiments.rows import Rows, compared_rows
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
 from gramian.inspection.experiments.together import Together, rows_together
+from gramian.inspection.experiments.unheard import unheard_arguments
 from gramian.inspection.experiments.unused import Idle, Unused, idle_half, idle_targets, without_columns, without_effect
 from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
@@ -62,6 +65,9 @@ TRIED = {
     "recut": "whether a reshape gives an axis another place",
     "share_of_constant": "the loss with equal outputs for all samples",
     "together_rows": "what the loss takes of each row of a batch",
+    "unheard": "whether each argument has an effect",
+    "inverted": "whether a mask hides what is no padding",
+    "beyond": "whether the loss has its minimum within the outputs' range",
 }
 """What a report says of a change that could not be tried."""
 
@@ -109,6 +115,9 @@ class Probes:
         recut: a reshape that gives an axis another place.
         share_of_constant: the loss over that with the same output for all samples.
         together_rows: which tensors of a batch the loss takes row by row.
+        unheard: arguments of the model that change no output.
+        inverted: an input that is read at its padding alone, the mask, and how many samples have padding.
+        beyond: the share of outputs for which the loss has its minimum beyond their ends, and labels there.
     """
 
     unlinked: tuple[str, ...] = ()
@@ -138,6 +147,9 @@ class Probes:
     recut: Recut | None = None
     share_of_constant: float | None = None
     together_rows: Together | None = None
+    unheard: tuple[str, ...] = ()
+    inverted: tuple[str, str, int] | None = None
+    beyond: tuple[float, str] | None = None
 
 
 def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[Probes, dict[str, Exception]]:
@@ -280,5 +292,5 @@ _PROBES = (
     _unlinked, _cut, _is_affine, _sum_over, falls, plunges, without_effect, idle_half, idle_targets, ignores_order,
     against_labels, silent_columns, silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding,
     along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope, recut,
-    constant_loss, rows_together,
+    constant_loss, rows_together, unheard_arguments, inverted_mask, beyond_ends,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,25 +60,40 @@ def compared_rows(asked: Asked) -> Rows | None:
         t = one.values[0]
         if not t.is_floating_point() or len(t) < LEAST or not bool(t.isfinite().all()):
             continue
-        first = _moved(replay, t, SAMPLES[0])
+        first = _moved(replay, t, SAMPLES[0], replay.outputs)
         for i, moved in enumerate(first):
             out = replay.outputs[i]
             if moved is None or len(moved) != len(t):
                 continue
             shapes = (tuple(t.shape), tuple(out.shape))
             if _are_alike(moved):
-                again = _moved(replay, t, SAMPLES[1])[i]
+                again = _moved(replay, t, SAMPLES[1], replay.outputs)[i]
                 if again is not None and _are_alike(again):
                     return Rows("all", one.name, (len(t), len(out)), shapes)
             other = _alone(moved, SAMPLES[0])
             if other is not None:
-                again = _moved(replay, t, SAMPLES[1])[i]
-                if again is not None and _alone(again, SAMPLES[1]) is not None:
+                again = _moved(replay, t, SAMPLES[1], replay.outputs)[i]
+                also = _alone(again, SAMPLES[1]) if again is not None else None
+                if also is not None and also != other:  # else the one output that a loss over all has most of
                     return Rows("shifted", one.name, (SAMPLES[0], other), shapes)
+        if len(t) == t.numel() and _compares_all(replay, t):
+            shape = next(tuple(out.shape) for out in replay.outputs if out.ndim and len(out) == len(t))
+            return Rows("all", one.name, (len(t), len(t)), (tuple(t.shape), shape))
     return None
 
 
-def _moved(replay: Replay, t: Tensor, sample: int) -> list[Tensor | None]:
+def _compares_all(replay: Replay, t: Tensor) -> bool:
+    """Whether a sample's number moves all outputs by the same where these are equal: its own is no other then."""
+    if not all(out.ndim and len(out) == len(t) for out in replay.outputs):
+        return False
+    equal = [out.mean(0, keepdim=True).expand_as(out).clone() for out in replay.outputs]
+    runs = [_moved(replay, t, sample, equal) for sample in SAMPLES]
+    return all(any(one is not None for one in run) for run in runs) and all(
+        one is None or _are_alike(one) for run in runs for one in run
+    )
+
+
+def _moved(replay: Replay, t: Tensor, sample: int, outputs: Sequence[Tensor]) -> list[Tensor | None]:
     """By how much each output's rows of gradients differ between two values of a sample's numbers."""
     size = max(float(v.abs().amax()) for v in (t, *replay.outputs) if v.numel())
     for low, high in ((-FAR * size, FAR * size), (float(t.min()), float(t.max()))):
@@ -85,9 +101,7 @@ def _moved(replay: Replay, t: Tensor, sample: int) -> list[Tensor | None]:
         for value in (low, high):
             changed = t.clone()
             changed[sample] = value
-            runs.append(
-                replay.gradients(replay.outputs, mapped(replay.batch, lambda v, new=changed: new if v is t else v))
-            )
+            runs.append(replay.gradients(outputs, mapped(replay.batch, lambda v, new=changed: new if v is t else v)))
         found = [two - one for one, two in zip(*runs, strict=True)]
         if all(bool(v.isfinite().all()) for v in found):
             return [v if v.ndim and bool(v.any()) else None for v in found]

@@ -13,13 +13,15 @@ from gramian.inspection.passes.moments import packed
 from gramian.inspection.passes.observed import Observed, Raw
 from gramian.recording.tracking import tensors_of
 
-__all__ = ["RawData"]
+__all__ = ["RawData", "is_data"]
 
 # Products with weights; the features are in the last dimension of what they take, or, of convolutions, in the second.
 _PRODUCTS = frozenset(("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "einsum", "bilinear"))
 _JOINS = frozenset(("cat", "concat", "concatenate", "hstack"))
 # Rows of a layer's data that are kept, and layers.
 MOST_ROWS, MOST_LAYERS = 65_536, 32
+# Operations by which data that have a gradient are made.
+MOST_STEPS = 20
 
 
 class RawData:
@@ -68,6 +70,25 @@ class RawData:
                 self.joined[id(outputs[0])] = (outputs[0], data)
         else:
             self.raw |= {id(t): t for t in outputs}
+
+
+def is_data(t: Tensor, names: Mapping[int, str]) -> bool:
+    """Whether a tensor that has a gradient is made of data alone, by a few operations, as what is differentiated by.
+
+    Args:
+        t: with a gradient.
+        names: of the model's parameters, by id.
+    """
+    ahead, seen = [t.grad_fn], set()
+    while ahead and len(seen) <= MOST_STEPS:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in names:
+            return False
+        ahead += [n for n, _ in node.next_functions]
+    return not ahead and id(t) not in names
 
 
 def _rows(t: Tensor, function: str) -> Tensor:

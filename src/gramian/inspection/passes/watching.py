@@ -24,7 +24,7 @@ from gramian.inspection.passes.losses import ends_of, see_loss, see_pull
 from gramian.inspection.passes.moments import as_moments, first_float, packed, squares, version
 from gramian.inspection.passes.observed import Call, Cut, Ends, Observed
 from gramian.inspection.passes.operations import Operations
-from gramian.inspection.passes.raw import RawData
+from gramian.inspection.passes.raw import RawData, is_data
 from gramian.operators import leaves_of
 from gramian.recording.taps import in_vmap
 from gramian.recording.tracking import tensors_of
@@ -98,10 +98,11 @@ class Watcher(Follower):
         if not name:
             self.held -= {id(t) for t in tensors_of((*args, *kwargs.values()))}
         if not name and not self.live and not self.careful:
-            given = [t for t in tensors_of((*args, *kwargs.values())) if t.ndim and not t.requires_grad]
+            made = [t for t in tensors_of((*args, *kwargs.values())) if t.ndim]
+            given = [t for t in made if not t.requires_grad]
             if not in_vmap():  # whose tensors have no storage
                 self.seen.fed |= {key(t) for t in given}
-            self.raw.start(given)
+            self.raw.start([*given, *(t for t in made if t.requires_grad and is_data(t, self.names))])
         if not self.careful and isinstance(module, nn.modules.batchnorm._BatchNorm):
             given = first_float(*args, *kwargs.values())
             if given is not None and given.ndim > 1 and given.numel() > given.shape[1]:
@@ -122,6 +123,8 @@ class Watcher(Follower):
             self.seen.output = made.detach()
             if self.ended is not None and (made is self.ended[0] or made._base is self.ended[0]):
                 self.seen.ends = self.ended[1]
+            else:  # another output was made after it
+                self.seen.ends = self.bounded.get(id(made))
         self.operations.made_by.setdefault(id(made), []).append(name)
         self._know(made)
         given = first_float(*args, *kwargs.values())

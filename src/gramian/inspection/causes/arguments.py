@@ -1,0 +1,70 @@
+"""Causes in what the model makes of its arguments, and in what its outputs can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from gramian.errors import some
+from gramian.inspection.causes.context import Context
+from gramian.report import Finding
+
+__all__ = ["RULES"]
+
+# The share of outputs that want to be beyond an end from which on it is told.
+OUTSIDE = 0.2
+
+
+def unheard(context: Context) -> Iterator[Finding]:
+    """Find arguments that change no output, also where the loss takes what is in them. Exact."""
+    found = context.probes.unheard
+    if not found or context.probes.without_effect.names or context.has_constant_output:
+        return
+    yield Finding(
+        "input-unused",
+        "warning",
+        f"The model is called with {some(found)}, and does not use {'it' if len(found) == 1 else 'them'}",
+        where="data",
+        evidence="with the values of other samples in its place, all outputs are the same to the last bit, also where "
+        "zero parameters get other values; other arguments have an effect (exact)",
+        cause="What is computed of it is not passed on, or is multiplied by zero.",
+        advice="Use it in the forward pass, or do not pass it.",
+    )
+
+
+def inverted(context: Context) -> Iterator[Finding]:
+    """Find masks that leave padding alone. Exact."""
+    found = context.probes.inverted
+    if found is None:
+        return
+    name, mask, num = found
+    yield Finding(
+        "padding-read",
+        "error",
+        f"The model reads {name} where it is padding, and nowhere else: {mask} is taken the wrong way round",
+        where=f"data, {name}",
+        evidence=f"of the first samples {num} have padding, zeros where {mask} is zero; other values there change the "
+        "outputs, and other values elsewhere change no bit (exact)",
+        cause="The model multiplies by one minus the mask, or takes ones for what is to be hidden.",
+        advice="Turn the mask round: ones, or True, at what counts, or the reverse, as the model takes it.",
+    )
+
+
+def beyond(context: Context) -> Iterator[Finding]:
+    """Find outputs whose range the loss's minimum is outside of. Measured with the outputs alone."""
+    found, ends = context.probes.beyond, context.observed.ends
+    if found is None or ends is None or found[0] <= OUTSIDE:
+        return
+    share, label = found
+    yield Finding(
+        "output-range",
+        "error",
+        f"For {share:.0%} of the outputs the loss has its minimum beyond their range",
+        where="loss",
+        evidence=f"the network ends with {ends.function}, of values in [{ends.low:g}, {ends.high:g}]; at that end the "
+        f"loss still falls, and far beyond it rises again, where {label} has values (measured)",
+        cause="Outputs at an end of the range get no gradient, and cannot reach what they are compared with.",
+        advice=f"Remove the {ends.function} at the end, or scale {label} into its range.",
+    )
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (unheard, inverted, beyond)
