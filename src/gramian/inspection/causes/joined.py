@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.causes.dependence import DEPENDENCE, POWER
 from gramian.inspection.causes.joins import Join, follows, power, relations
 from gramian.inspection.causes.likeness import is_sequence
-from gramian.inspection.passes.given import Given, given_of
+from gramian.inspection.passes.given import Given, given_of, key
 from gramian.report import Finding
 from gramian.report.model import plural
 
@@ -22,6 +23,8 @@ __all__ = ["RULES"]
 MAIN = 0.5
 # Codes from which on how many there are of each says what a sequence is.
 CODES, FEW_COLUMNS = 8, 8
+# Samples from which on two inputs are not the same by chance.
+FEW = 30
 
 
 def joined(context: Context) -> Iterator[Finding]:
@@ -42,6 +45,35 @@ def joined(context: Context) -> Iterator[Finding]:
     if found is not None:
         context.skipped.pop(DEPENDENCE, None)
         yield found
+
+
+def same(context: Context) -> Iterator[Finding]:
+    """Find two of three or more inputs that are the same, where the loss takes nothing else. Exact."""
+    given = [g for g in context.given if g.is_input]
+    if len(given) < 3 or len(given) < len(context.given):
+        return
+    values = [torch.cat([t.detach().cpu().flatten(1 if t.ndim > 1 else 0) for t in g.values]) for g in given]
+    pairs = [
+        (i, k)
+        for i, k in combinations(range(len(given)), 2)
+        if values[i].shape == values[k].shape and torch.equal(values[i], values[k])
+    ]
+    if len(pairs) != 1 or len(values[0]) < FEW or bool((values[pairs[0][0]] == values[pairs[0][0]][:1]).all()):
+        return
+    one, other = (given[i] for i in pairs[0])
+    if key(one.values[0]) == key(other.values[0]):  # one tensor, under two names
+        return
+    yield Finding(
+        "pairs-mismatched",
+        "warning",
+        f"{one.name} and {other.name} are the same for all samples",
+        where="data",
+        evidence=f"equal bit for bit in {len(values[0])} samples, and stored twice; of {len(given)} inputs no others are "
+        "(exact)",
+        cause="What is to be different, as a negative beside its positive, was copied, or drawn in the same way with "
+        "the same seed.",
+        advice="Look at how the two are drawn.",
+    )
 
 
 def _tensors(given: list[Given]) -> dict[str, Tensor] | None:
@@ -171,4 +203,4 @@ def _is_described(t: Tensor) -> bool:
     return t.is_floating_point() or t[0].numel() <= FEW_COLUMNS or len(t.unique()) >= CODES
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (joined,)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (same, joined)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from gramian.inspection.passes.given import key
 from gramian.inspection.passes.moments import packed
 from gramian.inspection.passes.observed import Observed, Raw
+from gramian.operators.cuts import nodes_of
 from gramian.recording.tracking import tensors_of
 
 __all__ = ["RawData", "is_data"]
@@ -79,16 +81,9 @@ def is_data(t: Tensor, names: Mapping[int, str]) -> bool:
         t: with a gradient.
         names: of the model's parameters, by id.
     """
-    ahead, seen = [t.grad_fn], set()
-    while ahead and len(seen) <= MOST_STEPS:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in names:
-            return False
-        ahead += [n for n, _ in node.next_functions]
-    return not ahead and id(t) not in names
+    nodes = list(islice(nodes_of(t), MOST_STEPS + 1))
+    made = any(id(getattr(node, "variable", None)) in names for node in nodes)
+    return len(nodes) <= MOST_STEPS and not made and id(t) not in names
 
 
 def _rows(t: Tensor, function: str) -> Tensor:
