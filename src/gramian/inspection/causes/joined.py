@@ -68,8 +68,8 @@ def same(context: Context) -> Iterator[Finding]:
         "warning",
         f"{one.name} and {other.name} are the same for all samples",
         where="data",
-        evidence=f"equal bit for bit in {len(values[0])} samples, and stored twice; of {len(given)} inputs no others are "
-        "(exact)",
+        evidence=f"equal bit for bit in {len(values[0])} samples, and stored twice; of {len(given)} inputs no others "
+        "are (exact)",
         cause="What is to be different, as a negative beside its positive, was copied, or drawn in the same way with "
         "the same seed.",
         advice="Look at how the two are drawn.",

@@ -36,13 +36,12 @@ def paired(context: Context) -> Iterator[Finding]:
             if place is not None and place.are_independent:
                 samples, places = place.num
                 aligned = place.aligned
+                what = f"of {samples} samples with {places} places, labels go with what stands at their place"
                 evidence = (
-                    f"of {samples} samples with {places} places, labels go with what stands at their place by "
-                    f"{place.z:.1f} deviations more than those of other samples do"
+                    f"{what} by {place.z:.1f} deviations more than those of other samples do"
                     if aligned
-                    else f"of {samples} samples with {places} places, labels go with what stands at their place, with it "
-                    f"and the label before, and on average, no more than those of other samples do: {place.z:.1f} "
-                    "deviations above chance, and 2 would be seen"
+                    else f"{what}, with it and the label before, and on average, no more than those of other samples "
+                    f"do: {place.z:.1f} deviations above chance, and 2 would be seen"
                 )
         if is_seen:
             context.skipped.pop(DEPENDENCE, None)

@@ -23,7 +23,7 @@ DIFFERS = 0.03
 CERTAIN = 5.0
 # Standard errors up to which two are no more like a third than each other; they are like it from FAR on, one by the
 # share EQUALLY of the other.
-NO_MORE, FAR, EQUALLY = 2.0, 10.0, 0.9
+NO_MORE, FAR, EQUALLY = 2.0, 4.5, 0.5
 
 
 @dataclass(frozen=True)
