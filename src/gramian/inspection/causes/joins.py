@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ SHIFTS, NUM_SHUFFLES = 8, 20
 # and those of sequences.
 NUM_MADE_UP, OF_TABLES, OF_PRODUCTS, OF_SEQUENCES = 20, 3 / 4, 1 / 2, 1 / 4
 # Ways to be alike that are tried for the rest of the batch.
-MOST_WAYS = 60
+MOST_WAYS = 40
 
 
 @dataclass(frozen=True)
@@ -57,21 +56,23 @@ class Join:
 
 @dataclass(frozen=True)
 class _Centered:
-    """A centered kernel and what of it the distribution under random orders takes."""
+    """Centered kernels (K, N, N), and what of them the distribution under random orders takes (K,)."""
 
     values: Tensor
-    trace: float
-    squares: float
-    diagonal: float
+    trace: Tensor
+    squares: Tensor
+    diagonal: Tensor
 
     @classmethod
-    def of(cls, kernel: Tensor) -> _Centered:
-        rows = kernel.mean(0)
-        k = kernel - rows - rows[:, None] + rows.mean()
-        return cls(k, float(k.trace()), float(k.square().sum()), float(k.diagonal().square().sum()))
+    def of(cls, kernels: Sequence[Tensor]) -> _Centered:
+        k = torch.stack([one.float() for one in kernels])
+        k = k - k.mean(1, keepdim=True)
+        k -= k.mean(2, keepdim=True)
+        diagonal = k.diagonal(dim1=1, dim2=2).double()
+        return cls(k, diagonal.sum(1), k.flatten(1).norm(dim=1).double().square(), diagonal.square().sum(1))
 
     def ordered(self, order: Tensor) -> _Centered:
-        return _Centered(self.values[order][:, order], self.trace, self.squares, self.diagonal)
+        return _Centered(self.values[:, order][:, :, order], self.trace, self.squares, self.diagonal)
 
 
 def relations(tensors: Mapping[str, Tensor], *, others: Sequence[str] | None = None) -> dict[str, Join]:
@@ -101,7 +102,7 @@ def relations(tensors: Mapping[str, Tensor], *, others: Sequence[str] | None = N
     for name in tensors:
         rest = [ways[n] for n in (tensors if others is None else others) if n != name]
         around = _around(rest)
-        join = Join(*_test([_Centered.of(k) for k in ways[name]], around), num=min(num, MOST))
+        join = Join(*_test(_Centered.of(ways[name]), around), num=min(num, MOST))
         found[name] = _shifted(join, ways[name], rest) if join.p_value > FAINT else join
     return found
 
@@ -118,9 +119,9 @@ def follows(t: Tensor, shift: int) -> bool:
     Cost: O(N²) for each two ways to be alike, N ≤ 256.
     Source: as for `relations`.
     """
-    own = [_Centered.of(k) for k in kernels(t[:MOST_SHIFTED])]
-    order = torch.arange(len(own[0].values)).roll(shift)
-    return _test([k.ordered(order) for k in own], own)[0] <= FOLLOWS
+    own = _Centered.of(kernels(t[:MOST_SHIFTED]))
+    order = torch.arange(own.values.shape[1]).roll(shift)
+    return _test(own.ordered(order), own)[0] <= FOLLOWS
 
 
 def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = None) -> tuple[float, float] | None:
@@ -148,15 +149,15 @@ def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = No
     label = label[:MOST]
     classes = len(label.unique()) if label[0].numel() == 1 and not label.is_floating_point() else 4
     rest = [kernels(t[:MOST]) for t in inputs if t is not beside]
-    tested = [_Centered.of(k) for k in kernels(beside[:MOST])] if beside is not None else []
-    around = _around(rest) if beside is None else []
+    tested = _Centered.of(kernels(label if beside is None else beside[:MOST]))
+    around = _around(rest)
     generator = torch.Generator().manual_seed(0)
 
     def is_seen(y: Tensor) -> bool:
         own = kernels(y)
         if beside is not None:
             return _test(tested, _around([own, *rest]))[0] <= UNSEEN
-        return _test([_Centered.of(k) for k in own], around)[0] <= UNSEEN
+        return _test(_Centered.of(own), around)[0] <= UNSEEN
 
     def seen(*, are_products: bool) -> float:
         num, share = 0, OF_SEQUENCES if of_sequences else OF_PRODUCTS if are_products else OF_TABLES
@@ -176,49 +177,50 @@ def _drawn(x: Tensor, classes: int, generator: torch.Generator) -> Tensor:
     return x @ torch.randn(x.shape[1], classes, generator=generator, dtype=x.dtype)
 
 
-def _around(rest: Sequence[Sequence[Tensor]]) -> list[_Centered]:
-    """How alike samples are in one of the other tensors, and in both of two."""
+def _around(rest: Sequence[Sequence[Tensor]]) -> _Centered:
+    """How alike samples are in one of the other tensors, and in both of two: by their products, or nearby."""
     single = [k for of in rest for k in of]
-    both = [a * b for one, two in combinations(rest, 2) for a in one for b in two]
-    return [_Centered.of(k) for k in (single + both)[:MOST_WAYS]]
+    ends = [[of[0], of[-1]] if len(of) > 1 else of for of in rest]
+    both = (a * b for one, two in combinations(ends, 2) for a in one for b in two)
+    return _Centered.of([*single, *islice(both, max(0, MOST_WAYS - len(single)))])
 
 
-def _test(own: Sequence[_Centered], around: Sequence[_Centered]) -> tuple[float, float]:
-    """The smallest p-value, times the number of tests, and the deviations there."""
-    best = min((_compared(a, b) for a in own for b in around), default=(1.0, 0.0))
-    return min(1.0, best[0] * len(own) * len(around)), best[1]
+def _test(own: _Centered, around: _Centered) -> tuple[float, float]:
+    """The smallest p-value that samples are alike in both no more than by chance, and by how many deviations they are.
 
-
-def _compared(a: _Centered, b: _Centered) -> tuple[float, float]:
-    """The p-value that samples are alike in both no more than by chance, and by how many deviations they are."""
-    n = len(a.values)
-    mean = a.trace * b.trace / (n - 1)
-    spread = [(n - 1) * k.squares - k.trace**2 for k in (a, b)]
-    peak = [n * (n + 1) * k.diagonal - (n - 1) * (k.trace**2 + 2 * k.squares) for k in (a, b)]
-    variance = 2 * spread[0] * spread[1] / ((n - 1) ** 2 * (n + 1) * (n - 2))
-    variance += peak[0] * peak[1] / ((n + 1) * n * (n - 1) * (n - 2) * (n - 3))
-    if not (mean > 0 and variance > 0):
-        return 1.0, 0.0
-    found = float((a.values * b.values).sum())
-    shape = mean**2 / variance
-    given = torch.tensor([shape, max(found, 0.0) * shape / mean], dtype=torch.float64)
-    return float(torch.special.gammaincc(given[0], given[1])), (found - mean) / math.sqrt(variance)
+    The p-value is multiplied by the number of pairs of kernels.
+    """
+    n = own.values.shape[1]
+    a, b = ((k.trace, k.squares, k.diagonal) for k in (own, around))
+    mean = a[0][:, None] * b[0] / (n - 1)
+    spread = [(n - 1) * squares - trace**2 for trace, squares, _ in (a, b)]
+    peak = [n * (n + 1) * top - (n - 1) * (trace**2 + 2 * squares) for trace, squares, top in (a, b)]
+    variance = 2 * spread[0][:, None] * spread[1] / ((n - 1) ** 2 * (n + 1) * (n - 2))
+    variance = variance + peak[0][:, None] * peak[1] / ((n + 1) * n * (n - 1) * (n - 2) * (n - 3))
+    found = (own.values.flatten(1) @ around.values.flatten(1).T).double()
+    is_one = (mean > 0) & (variance > 0)
+    mean, variance = mean.clamp(min=1e-300), variance.clamp(min=1e-300)
+    p = torch.special.gammaincc(mean**2 / variance, found.clamp(min=0) * mean / variance)
+    p = torch.where(is_one, p, 1.0).flatten()
+    best = int(p.argmin())
+    z = ((found - mean) / variance.sqrt()).flatten()[best]
+    return min(1.0, float(p[best]) * len(p)), float(z) if float(p[best]) < 1.0 else 0.0
 
 
 def _shifted(join: Join, own: Sequence[Tensor], rest: Sequence[Sequence[Tensor]]) -> Join:
     """The join, with the shift at which the rows clearly belong together."""
     num = min(join.num, MOST_SHIFTED)
-    mine = [_Centered.of(k[:num, :num]) for k in own]
+    mine = _Centered.of([k[:num, :num] for k in own])
     around = _around([[k[:num, :num] for k in of] for of in rest])
     rows = torch.arange(num)
 
     def at(order: Tensor) -> tuple[float, float]:
-        return _test([k.ordered(order) for k in mine], around)
+        return _test(mine.ordered(order), around)
 
     tried = {by: at(rows.roll(by)) for by in (*range(1, SHIFTS + 1), *range(-SHIFTS, 0))}
     by, (p, z) = min(tried.items(), key=lambda item: item[1][0])
     if p > min(CERTAIN, join.p_value**2) or z < max(FAR, TIMES * join.deviations):
         return join
     generator = torch.Generator().manual_seed(0)
-    chance = max(at(torch.randperm(num, generator=generator))[1] for _ in range(NUM_SHUFFLES))
-    return Join(join.p_value, join.deviations, by, p, join.num) if z > 2 * chance else join
+    chance = min(at(torch.randperm(num, generator=generator))[0] for _ in range(NUM_SHUFFLES))
+    return Join(join.p_value, join.deviations, by, p, join.num) if p < chance**3 else join
