@@ -64,6 +64,7 @@ def places_depend(inputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Alignme
     x, y = (torch.cat([t.detach().cpu() for t in of])[:MOST] for of in (inputs, labels))
     if len(x) != len(y) or len(x) < LEAST:
         return None
+    is_of_codes = x.ndim == 2 and not x.is_floating_point() and not y.is_floating_point()  # no periodic functions
     placed = _images(x, y) if x.ndim == 4 else _sequences(x, y)
     if placed is None:
         return None
@@ -81,7 +82,7 @@ def places_depend(inputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Alignme
         return (_statistics(x, of) - mean) / deviation
 
     own, num = z(y), (len(x), x.shape[1])
-    if not shape and (wrapped := _wrapped(x, y, float(own[0]))):
+    if is_of_codes and (wrapped := _wrapped(x, y, float(own[0]))):
         return Alignment(float(own[0]), num, wrapped)
     for name, other in _other_orders(y, shape):
         if float(z(other)[0]) > max(CERTAINLY, TIMES * float(own[0])):
