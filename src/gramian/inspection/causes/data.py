@@ -82,6 +82,9 @@ def labels(context: Context) -> Iterator[Finding]:
             "no loss of torch is seen to take the labels, or they may depend on what only the loss takes"
         )
         return
+    if any(g.values[0] is kept[0] for g in context.given if g.name in context.probes.made):
+        context.skipped[DEPENDENCE] = "the model's inputs are made of the labels"
+        return
     if context.probes.ignores_order:
         context.skipped[DEPENDENCE] = "the model takes sets, whose neighbors nothing tells"
         return

@@ -127,8 +127,8 @@ def follows(t: Tensor, shift: int) -> bool:
 def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = None) -> tuple[float, float] | None:
     """The shares of labels made up of these inputs, linearly and by products of two, that the tests see.
 
-    Three quarters of the linear ones are noise, half of the products, and a quarter of both of sequences. There are as
-    many classes as in the label, four where it is numbers.
+    Three quarters of the linear ones are noise, half of the products and of what one input is missed in, and a quarter
+    of all of sequences. There are as many classes as in the label, four where it is numbers.
 
     Args:
         label: (N, …).
@@ -160,7 +160,8 @@ def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = No
         return _test(_Centered.of(own), around)[0] <= UNSEEN
 
     def seen(*, are_products: bool) -> float:
-        num, share = 0, OF_SEQUENCES if of_sequences else OF_PRODUCTS if are_products else OF_TABLES
+        strong = are_products or beside is not None  # where the labels are seen to depend on the other inputs
+        num, share = 0, OF_SEQUENCES if of_sequences else OF_PRODUCTS if strong else OF_TABLES
         for _ in range(NUM_MADE_UP):
             scores = _drawn(x, classes, generator)
             y = (scores * _drawn(x, classes, generator) if are_products else scores).argmax(1)

@@ -26,7 +26,7 @@ from gramian.inspection.experiments.replaying import Asked, are_equal, loss_of, 
 from gramian.inspection.experiments.rows import Rows, compared_rows
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
-from gramian.inspection.experiments.together import Together, rows_together
+from gramian.inspection.experiments.together import Together, made_into_inputs, rows_together
 from gramian.inspection.experiments.unheard import unheard_arguments
 from gramian.inspection.experiments.unused import Idle, Unused, idle_half, idle_targets, without_columns, without_effect
 from gramian.inspection.passes.given import given_of
@@ -65,6 +65,7 @@ TRIED = {
     "recut": "whether a reshape gives an axis another place",
     "share_of_constant": "the loss with equal outputs for all samples",
     "together_rows": "what the loss takes of each row of a batch",
+    "made": "of which tensors the loss makes inputs",
     "unheard": "whether each argument has an effect",
     "inverted": "whether a mask hides what is no padding",
     "beyond": "whether the loss has its minimum within the outputs' range",
@@ -115,6 +116,7 @@ class Probes:
         recut: a reshape that gives an axis another place.
         share_of_constant: the loss over that with the same output for all samples.
         together_rows: which tensors of a batch the loss takes row by row.
+        made: tensors of which the loss makes what it gives the model.
         unheard: arguments of the model that change no output.
         inverted: an input that is read at its padding alone, the mask, and how many samples have padding.
         beyond: the share of outputs for which the loss has its minimum beyond their ends, and labels there.
@@ -147,6 +149,7 @@ class Probes:
     recut: Recut | None = None
     share_of_constant: float | None = None
     together_rows: Together | None = None
+    made: tuple[str, ...] = ()
     unheard: tuple[str, ...] = ()
     inverted: tuple[str, str, int] | None = None
     beyond: tuple[float, str] | None = None
@@ -292,5 +295,5 @@ _PROBES = (
     _unlinked, _cut, _is_affine, _sum_over, falls, plunges, without_effect, idle_half, idle_targets, ignores_order,
     against_labels, silent_columns, silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding,
     along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope, recut,
-    constant_loss, rows_together, unheard_arguments, inverted_mask, beyond_ends,
+    constant_loss, rows_together, made_into_inputs, unheard_arguments, inverted_mask, beyond_ends,
 )  # fmt: skip

@@ -10,7 +10,7 @@ from gramian.batch import mapped
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import given_of, key, taken_of
 
-__all__ = ["Together", "rows_together"]
+__all__ = ["Together", "made_into_inputs", "rows_together"]
 
 # Numbers of an embedding, draws of random ones, and the share of its size by which a loss is lower for pairs.
 NARROW, DRAWS, LOWER = 4, 3, 0.03
@@ -65,6 +65,34 @@ def rows_together(asked: Asked) -> Together | None:
             return None
         taken.append(one.name)
     return Together(tuple(given), tuple(taken), not taken and len(given) == 2 and _are_pairs(replay))
+
+
+def made_into_inputs(asked: Asked) -> tuple[str, ...]:
+    """The tensors of which the loss makes what it gives the model, as noise that is added: other values move outputs.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: names; none where the model is called with tensors of the batch alone.
+    Raises: what the model raises.
+    Cost: a forward pass of 16 samples for each tensor that the model is not called with as it is.
+    Source: this library's own.
+    """
+    whole = asked.seen.batches[0]
+    taken = taken_of(whole, asked.seen.fed)
+    if asked.seen.fed <= {key(one.values) for one in taken} or not asked.replay.outputs:
+        return ()
+    given = {one.name for one in taken}
+    found = []
+    for one in given_of([asked.batch], set(), set()):
+        t = one.values[0]
+        if one.name not in given:
+            other = mapped(asked.batch, lambda v, t=t: v.roll(1, 0) if v is t else v)
+            after = Replay(asked.model, other, asked.objective).outputs
+            before = asked.replay.outputs
+            if len(after) == len(before) and not all(map(torch.equal, before, after)):
+                found.append(one.name)
+    return tuple(found)
 
 
 def _are_pairs(replay: Replay) -> bool:
