@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.passes.given import given_of
 
@@ -41,8 +44,10 @@ def beyond_ends(asked: Asked) -> tuple[float, str] | None:
     first, rest = replay.outputs[0], replay.outputs[1:]
     span = max(highest - lowest, 1.0)
 
-    def slopes(value: float):
-        return replay.gradients([first.new_full(first.shape, value), *rest])[0]
+    def slopes(value: float) -> Tensor:
+        outputs = [first.new_full(first.shape, value), *rest]
+        found = replay.gradients(outputs)[0]
+        return found if math.isfinite(replay.value(outputs)) else torch.zeros_like(found)  # a logarithm, below zero
 
     counted = replay.slopes[0] != 0
     wrong = counted & False
