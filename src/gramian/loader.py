@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from gramian.batch import described, fields, num_samples
 from gramian.errors import GramianWarning, InputError
 
-__all__ = ["Batches", "as_batches", "first_few", "is_in_memory", "is_one_batch", "looks_like_one", "no_batches"]
+__all__ = ["Batches", "as_batches", "first_few", "is_one_batch", "looks_like_one", "no_batches"]
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 """What verbs take: batches, or a function that makes them; `as_batches` checks and calls it."""
