@@ -105,7 +105,7 @@ def _images(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]] | No
     """Features (N, HW, C) and labels (N, HW, K), of images that are made small."""
     y = y[:, None] if y.ndim == 3 else y
     if y.ndim == 4 and y.is_floating_point() and _is_larger(y, x):  # as in super-resolution
-        y = F.adaptive_avg_pool2d(y.float(), x.shape[2:])
+        y = F.adaptive_avg_pool2d(y.float(), (x.shape[2], x.shape[3]))
     if y.ndim != 4 or x.shape[2:] != y.shape[2:] or y.shape[2] * y.shape[3] < 16:
         return None
     step = max(1, math.ceil(math.sqrt(x.shape[2] * x.shape[3] / MOST_PLACES)))

@@ -1,4 +1,4 @@
-"""Causes in what the model makes of its arguments, and in what its outputs can reach."""
+"""Causes in what the model makes of its arguments, and in what its outputs can reach or are compared with."""
 
 from __future__ import annotations
 
@@ -67,4 +67,20 @@ def beyond(context: Context) -> Iterator[Finding]:
     )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (unheard, inverted, beyond)
+def taught(context: Context) -> Iterator[Finding]:
+    """Find probabilities that are compared with the network's own, which have a gradient. Exact."""
+    if context.observed.num_taught != 1:  # two are each other's, on purpose
+        return
+    yield Finding(
+        "target-not-detached",
+        "warning",
+        "Probabilities are compared with the network's own, which have a gradient",
+        where="loss",
+        evidence="the loss takes as its target what the same parameters make of other inputs, and gradients go to "
+        "both (exact)",
+        cause="The target moves towards the output as well, so that both may become the same for all inputs.",
+        advice="Compute the target under torch.no_grad(), or with a teacher's own parameters.",
+    )
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (unheard, inverted, beyond, taught)

@@ -118,7 +118,7 @@ def _patches(t: Tensor) -> Tensor:
     """How strongly patches of some images are found in each: at most, on average, and as a power."""
     t = t.float()
     if max(t.shape[2:]) > MOST_SIDE:
-        t = F.adaptive_avg_pool2d(t, [min(side, MOST_SIDE) for side in t.shape[2:]])
+        t = F.adaptive_avg_pool2d(t, (min(t.shape[2], MOST_SIDE), min(t.shape[3], MOST_SIDE)))
     t = (t - t.mean()) / t.std().clamp(min=1e-12)
     side = 5 if min(t.shape[2:]) >= 10 else 3
     generator = torch.Generator().manual_seed(0)

@@ -188,19 +188,7 @@ def column(context: Context) -> Iterator[Finding]:
 
 
 def bootstrapped(context: Context) -> Iterator[Finding]:
-    """Find targets that are data plus another output, or are that alone as probabilities, with a gradient. Exact."""
-    if context.observed.num_taught == 1:  # two are each other's, on purpose
-        yield Finding(
-            "target-not-detached",
-            "warning",
-            "Probabilities are compared with the network's own, which have a gradient",
-            where="loss",
-            evidence="the loss takes as its target what the same parameters make of other inputs, and gradients go to "
-            "both (exact)",
-            cause="The target moves towards the output as well, so that both may become the same for all inputs.",
-            advice="Compute the target under torch.no_grad(), or with a teacher's own parameters.",
-        )
-        return
+    """Find targets that are data plus another output, with its gradient. Exact."""
     if not context.observed.bootstrapped:
         return
     yield Finding(
