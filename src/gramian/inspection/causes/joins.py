@@ -27,6 +27,8 @@ SHIFTS, NUM_SHUFFLES = 8, 20
 # Labels that are made up, and the share of them that is noise: linear ones of tables, which often say little, products,
 # and those of sequences.
 NUM_MADE_UP, OF_TABLES, OF_PRODUCTS, OF_SEQUENCES = 20, 3 / 4, 1 / 2, 1 / 4
+# Features for each sample beyond which products of two are not seen.
+MOST_FEATURES = 0.25
 # Ways to be alike that are tried for the rest of the batch.
 MOST_WAYS = 40
 
@@ -135,7 +137,8 @@ def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = No
         inputs: numbers, or codes.
         beside: one of the inputs: whether it is seen to belong to the labels and the others. Else all together.
 
-    Returns: the two shares; `None` for sequences and images, of which there are more kinds of labels than these.
+    Returns: the two shares; `None` for images, of which there are more kinds of labels than these, and where samples
+        are too few for so many features.
     Raises: nothing of its own.
     Cost: that of 40 tests.
     Source: this library's own.
@@ -146,6 +149,8 @@ def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = No
     if not features or len(features) < len(made):
         return None
     x = torch.cat(features, 1)
+    if x.shape[1] > MOST_FEATURES * len(x):
+        return None
     label = label[:MOST]
     classes = len(label.unique()) if label[0].numel() == 1 and not label.is_floating_point() else 4
     rest = [kernels(t[:MOST]) for t in inputs if t is not beside]
