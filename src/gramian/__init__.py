@@ -68,6 +68,7 @@ __all__ = [
     "prox",
     "random",
     "refit",
+    "report",
     "save_compressed",
     "save_plan",
     "suggest_lr",
