@@ -28,7 +28,7 @@ SHIFTS, NUM_SHUFFLES = 8, 20
 # and those of sequences.
 NUM_MADE_UP, OF_TABLES, OF_PRODUCTS, OF_SEQUENCES = 20, 3 / 4, 1 / 2, 1 / 4
 # Features for each sample beyond which products of two are not seen.
-MOST_FEATURES = 0.25
+MOST_FEATURES = 1 / 3
 # Ways to be alike that are tried for the rest of the batch.
 MOST_WAYS = 40
 
