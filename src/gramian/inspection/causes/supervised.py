@@ -227,7 +227,7 @@ def mixture(context: Context) -> Iterator[Finding]:
 def together(context: Context) -> Iterator[Finding]:
     """Find a loss without labels that is lowest where all samples have one output. Measured with outputs alone."""
     found = context.probes.together
-    if found is None:
+    if found is None or context.probes.peak is not None:
         return
     here, there = _numbers(found)
     yield Finding(

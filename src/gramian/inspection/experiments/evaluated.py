@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gramian.batch import LABELS, first_samples, main_input, mapped, parts, tensors
 from gramian.errors import InputError
+from gramian.inspection.passes.dropping import DROPOUTS, share_dropped
 from gramian.inspection.passes.following import Follower
 from gramian.inspection.passes.given import given_of, taken_of
 from gramian.inspection.passes.moments import first_float
@@ -29,12 +30,6 @@ __all__ = ["Evaluated", "evaluate"]
 MOVED = 1e-5
 # Samples from which on a mixture is looked for, and how many are enough: what mixes more mixes these.
 FEW, ENOUGH = 4, 7
-
-# Functions that drop; whether they do where nobody says whether it is training.
-_DROPOUT: dict[Callable, bool] = {
-    F.dropout: True, F.dropout1d: True, F.dropout2d: True, F.dropout3d: True,
-    F.alpha_dropout: False, F.feature_alpha_dropout: False,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,10 +153,7 @@ def _acts(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether a call drops something; attention has no flag for training, and drops whatever the mode."""
     if func is F.scaled_dot_product_attention:
         return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
-    if func not in _DROPOUT:
-        return False
-    p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-    return p > 0 and bool(args[2] if len(args) > 2 else kwargs.get("training", _DROPOUT[func]))
+    return func in DROPOUTS and share_dropped(func, args, kwargs) > 0
 
 
 def _first_change(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]]) -> tuple[str, str] | None:

@@ -180,18 +180,27 @@ def _reversed(replay: Replay, i: int, label: Given, rises: list[Tensor]) -> Prof
             if bool((below.isfinite() & above.isfinite()).all()):
                 has_minimum = float(((below < 0) & (above > 0)).double().mean()) > 0.5
                 is_critic = _is_of_two(t) and torch.allclose(below, above, rtol=EQUAL, atol=0.0)
-                if not is_critic and (not has_minimum or (c < 0 and _is_at_minus(replay, i, t))):
+                if not is_critic and (not has_minimum or _is_at_minus(replay, i, t, c)):
                     slopes = (float(below.mean()), float(above.mean()))
                     return Profile("reversed", label.name, max(c, 0), tuple(out.shape), slopes)
                 break
     return None
 
 
-def _is_at_minus(replay: Replay, i: int, t: Tensor) -> bool:
-    """Whether the loss is stationary where outputs are minus the labels, and is not beside that."""
-    at = -t.reshape(replay.outputs[i].shape).to(replay.outputs[i].dtype)
-    runs = ([*replay.outputs[:i], v, *replay.outputs[i + 1 :]] for v in (at, at - 1, at + 1))
-    here, below, above = (replay.gradients(outputs)[i].abs() for outputs in runs)
+def _is_at_minus(replay: Replay, i: int, t: Tensor, column: int) -> bool:
+    """Whether the loss is stationary where outputs, or a column, are minus the labels, and is not beside that."""
+    out = replay.outputs[i]
+
+    def slope(by: float) -> Tensor:
+        values = out.clone()
+        if column < 0:
+            values = (by - t).reshape(out.shape).to(out.dtype)
+        else:
+            values[:, column] = (by - t).flatten().to(out.dtype)
+        found = replay.gradients([*replay.outputs[:i], values, *replay.outputs[i + 1 :]])[i].abs()
+        return found if column < 0 else found[:, column]
+
+    here, below, above = (slope(by) for by in (0.0, -1.0, 1.0))
     return bool((here <= FLAT * torch.minimum(below, above)).all())
 
 

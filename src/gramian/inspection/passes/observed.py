@@ -299,6 +299,8 @@ class Observed:
         fed: keys of the tensors with which the model was called.
         raw: the data that layers take as they are.
         ends: of the function that made it.
+        output_ends: those of each tensor of numbers that the model gave, `None` where there are none.
+        dropouts: by module in which `F.dropout` drops values, the largest share.
         scores_end: of the function, in the model or outside, that made what a binary cross-entropy of scores is given.
         cosines: where the loss's scores are cosines.
         reductions: means and sums that cancel.
@@ -356,6 +358,8 @@ class Observed:
     fed: set[tuple[int, int]] = field(default_factory=set)
     raw: list[Raw] = field(default_factory=list)
     ends: Ends | None = None
+    output_ends: tuple[Ends | None, ...] = ()
+    dropouts: dict[str, float] = field(default_factory=dict)
     scores_end: Ends | None = None
     cosines: Cosines | None = None
     reductions: list[Reduction] = field(default_factory=list)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gramian.inspection.experiments.querying import OverQueries
 from gramian.inspection.passes.attention import NUM_SAMPLES, attention_weights, entropy_and_masked, visible_keys
+from gramian.inspection.passes.dropping import DROPOUTS, share_dropped
 from gramian.inspection.passes.elementwise import ElementWise
 from gramian.inspection.passes.gate_functions import ADDITIONS
 from gramian.inspection.passes.gating import Gating
@@ -111,6 +112,8 @@ class Operations:
             self.over_queries.see(name, func, args, kwargs, given, made)
             self.elementwise.see(self.seen, func, given, made)
         self.gating.see(name, order, func, args, kwargs, given, made)
+        if func in DROPOUTS and not self.live:
+            self.seen.dropouts[name] = max(share_dropped(func, args, kwargs), self.seen.dropouts.get(name, 0.0))
         if func in _SOFTMAX and given and not self.live:
             self._routing(name, order, given[0], made)
         if func in _RECTIFIERS:

@@ -122,6 +122,9 @@ class Watcher(Follower):
             self.seen.output = made.detach()
             if self.ended is not None and (made is self.ended[0] or made._base is self.ended[0]):
                 self.seen.ends = self.ended[1]
+            found: list[Ends | None] = []
+            mapped(output, lambda t: found.append(self.bounded.get(id(t))) or t if t.is_floating_point() else t)
+            self.seen.output_ends = tuple(found)
         self.operations.made_by.setdefault(id(made), []).append(name)
         self._know(made)
         given = first_float(*args, *kwargs.values())
