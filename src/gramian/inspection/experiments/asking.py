@@ -13,12 +13,25 @@ from gramian.batch import mapped
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import Given, given_of
 
-__all__ = ["are_bounded", "are_normalized", "labels_of_loss", "others", "takes_only_outputs", "uses_a_network"]
+__all__ = [
+    "along_rows",
+    "are_bounded",
+    "are_normalized",
+    "is_by_sample",
+    "labels_of_loss",
+    "others",
+    "takes_only_outputs",
+    "uses_a_network",
+]
 
 # Gradients that are equal up to rounding, as a share of the largest.
 EQUAL = 1e-5
+# The same, where other samples' outputs have changed.
+BY_SAMPLE = 1e-4
 # Rows whose lengths, sums or logarithms are this much alike, as a share of their size, are normalized.
 ALIKE = 1e-3
+# Rows that differ by less than this share of their size are alike.
+VARIED = 0.1
 
 
 def uses_a_network(replay: Replay) -> bool:
@@ -66,7 +79,42 @@ def are_normalized(out: Tensor) -> bool:
         return False
     rows = out.double().flatten(0, -2)
     sizes = (rows.norm(dim=1), rows.sum(1), rows.logsumexp(1))
-    return any(float(s.std()) <= ALIKE * float(s.abs().mean() + ALIKE) for s in sizes)
+    differ = float((rows - rows.mean(0)).norm(dim=1).mean()) > VARIED * float(sizes[0].mean())
+    if differ:
+        return any(float(s.std()) <= ALIKE * float(s.abs().mean() + ALIKE) for s in sizes)
+    ends = ((sizes[0], 1.0), (sizes[1], 1.0), (sizes[2], 0.0))  # rows that are alike have all of these in common
+    return any(float((s - end).abs().amax()) <= ALIKE for s, end in ends)
+
+
+def along_rows(out: Tensor, gradient: Tensor) -> Tensor:
+    """What of a gradient moves normalized rows: of others, all of it.
+
+    Args:
+        out: an output.
+        gradient: by it.
+    """
+    if not are_normalized(out):
+        return gradient
+    if float(out.double().logsumexp(-1).abs().amax()) <= ALIKE:
+        return gradient - out.exp() * gradient.sum(-1, keepdim=True)
+    if float((out.double().sum(-1) - 1).abs().amax()) <= ALIKE:
+        return gradient - gradient.mean(-1, keepdim=True)
+    unit = out / out.norm(dim=-1, keepdim=True)
+    return gradient - unit * (unit * gradient).sum(-1, keepdim=True)
+
+
+def is_by_sample(replay: Replay, i: int) -> bool:
+    """Whether another output for every other sample leaves the gradients of the rest as they are.
+
+    Args:
+        replay: of the model.
+        i: which output.
+    """
+    values = replay.outputs[i].clone()
+    values[::2] += 1.0
+    changed = replay.gradients([*replay.outputs[:i], values, *replay.outputs[i + 1 :]])[i]
+    rest, before = changed[1::2], replay.slopes[i][1::2]
+    return bool(rest.isfinite().all()) and float((rest - before).abs().amax()) <= BY_SAMPLE * float(before.abs().amax())
 
 
 def others(t: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramian.batch import mapped
+from gramian.inspection.experiments.asking import is_by_sample
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import Given, given_of
 
@@ -73,7 +74,7 @@ def along_outputs(asked: Asked) -> Profile | None:
     asked_of = [
         (i, one, rises)
         for i, out in enumerate(replay.outputs)
-        if out.ndim and len(out) >= LEAST and not _is_normalized(out) and _is_by_sample(replay, i)
+        if out.ndim and len(out) >= LEAST and not _is_normalized(out) and is_by_sample(replay, i)
         for one in given
         if _columns(one.values[0], out) and (rises := _rises(replay, i, one.values[0]))
     ]
@@ -124,15 +125,6 @@ def _moved(replay: Replay, i: int, by: float, column: int = -1) -> list[Tensor]:
 
 def _slopes(replay: Replay, i: int, by: float, column: int = -1, batch: Any = None) -> Tensor:
     return replay.gradients(_moved(replay, i, by, column), batch)[i].double()
-
-
-def _is_by_sample(replay: Replay, i: int) -> bool:
-    """Whether another output for every other sample leaves the gradients of the rest as they are."""
-    values = replay.outputs[i].clone()
-    values[::2] += 1.0
-    changed = replay.gradients([*replay.outputs[:i], values, *replay.outputs[i + 1 :]])[i]
-    rest, before = changed[1::2], replay.slopes[i][1::2]
-    return bool(rest.isfinite().all()) and float((rest - before).abs().amax()) <= EQUAL * float(before.abs().amax())
 
 
 def _rises(replay: Replay, i: int, t: Tensor) -> list[Tensor]:

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.inspection.experiments.asking import are_bounded, labels_of_loss, takes_only_outputs, uses_a_network
+from gramian.inspection.experiments.asking import (
+    along_rows,
+    are_bounded,
+    labels_of_loss,
+    takes_only_outputs,
+    uses_a_network,
+)
 from gramian.inspection.experiments.replaying import Asked, Replay
 
 __all__ = ["OneWay", "Shortcut", "one_way", "shortcut"]
@@ -194,6 +200,8 @@ def _parts(outputs: Sequence[Tensor]) -> list[_Part]:
     """What of the outputs may be moved for itself: a column, a half, a third, or one of several."""
     found: list[_Part] = []
     for i, t in enumerate(outputs):
+        if are_normalized(t):
+            continue
         wide = t.shape[1] if t.ndim == 2 else 0
         if 2 <= wide <= COLUMNS:
             found += [_Part(i, (c,)) for c in range(wide)]
@@ -228,7 +236,8 @@ def _drowns(replay: Replay, part: _Part, sign: float, batches: Sequence[Any], la
         there = values(outputs)
         if not all(map(math.isfinite, there)):
             continue
-        left = max(float(g.abs().amax()) for g in replay.gradients(outputs))
+        pairs = zip(outputs, replay.gradients(outputs), strict=True)
+        left = max(float(along_rows(t, g).abs().amax()) for t, g in pairs)
         if max(there) - min(there) <= KEPT * spread and left <= STILL * slope and max(there) < here[0]:
             low = min(_as_labels_say(replay, part, label), default=there[0])
             return there[0] if there[0] - low <= KEPT * (here[0] - low) else None
@@ -241,6 +250,8 @@ def _as_labels_say(replay: Replay, part: _Part, label: Tensor) -> list[float]:
     for by in LEVELS_OF_PART:
         outputs = part.moved(replay.outputs, by)
         for k, t in enumerate(outputs):
+            if are_normalized(t):
+                continue
             if t.ndim == 2 and label.numel() == len(t):
                 free = [c for c in range(t.shape[1]) if k != part.output or c not in part.columns]
                 choices = [free, *([c] for c in free)] if len(free) > 1 else [free]
