@@ -28,6 +28,8 @@ __all__ = ["Evaluated", "evaluate"]
 # A row of an output counts as changed if it moves by this share of the rows' size. Products of the same shapes round
 # each row alike, whatever the others hold.
 MOVED = 1e-5
+# The name of what the model is called with, among its modules.
+GIVEN = "(given)"
 # Samples from which on a mixture is looked for, and how many are enough: what mixes more mixes these.
 FEW, ENOUGH = 4, 7
 
@@ -164,9 +166,12 @@ def _first_change(before: list[tuple[str, Tensor]], after: list[tuple[str, Tenso
     inner = slice(1, max(2, before[0][1].shape[1] - 1))
     pairs = [(a[:2, inner], b[:2, inner]) for (_, a), (_, b) in zip(before, after, strict=True)]
     moved = [i for i, (a, b) in enumerate(pairs) if _differ(a, b)]
+    if any(before[i][0] == GIVEN for i in moved):
+        return None  # the loss has paired the rows with others
     if not moved or not (whole[-1] in moved or _is_same_for_all(before[whole[-1]][1])):
         return None
-    return before[moved[0]][0], before[moved[0] - 1][0] if moved[0] else ""
+    names = [name for name, _ in before[: moved[0]] if name != GIVEN]
+    return before[moved[0]][0], names[-1] if names else ""
 
 
 def _separate_rows(model: nn.Module, batch: Any) -> int:
@@ -263,7 +268,13 @@ def _watched(model: nn.Module, rows: int, dim: int) -> Iterator[list[tuple[str, 
 
         return keep
 
-    with hooks([module.register_forward_hook(hook(name)) for name, module in model.named_modules()] if rows else []):
+    def keep_given(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for t in tensors((args, kwargs)):
+            hook(GIVEN)(module, (), t)
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()] if rows else []
+    handles += [model.register_forward_pre_hook(keep_given, with_kwargs=True)] if rows else []
+    with hooks(handles):
         yield found
 
 

@@ -20,8 +20,10 @@ NARROW = 4
 DRAWS, EQUAL = 4, 1e-5
 # Steps down from random outputs.
 STEPS = 12
-# How much larger than the outputs random ones are made until the loss has a slope.
+# How much larger than the outputs random ones are made until the loss has a slope for some samples.
 LARGER = (1.0, 4.0, 16.0)
+# Share of the samples that then have one.
+ACTIVE = 0.2
 # Share of its size by which a loss rises where it should fall.
 RISES = 0.03
 
@@ -83,9 +85,11 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
     def draw(shape: torch.Size, like: Tensor) -> Tensor:
         return torch.randn(shape, generator=generator).to(like) * size
 
+    slopes: list[float] = []
     for by in LARGER:  # a margin may hide small ones
-        slopes = [float(g.abs().amax()) for g in replay.gradients([draw(t.shape, t) * by for t in outputs])]
-        if any(slopes):
+        gradients = replay.gradients([draw(t.shape, t) * by for t in outputs])
+        slopes = [float(g.abs().amax()) for g in gradients]
+        if max(float(g.any(1).float().mean()) for g in gradients) >= ACTIVE:
             size *= by
             break
     if not all(slope < math.inf for slope in slopes) or not any(slopes):

@@ -30,7 +30,8 @@ class Rows:
     """What is wrong between samples.
 
     Attributes:
-        kind: "shifted" (another sample's output is moved, and its own is not), "all" (all are, by the same, or whatever their order).
+        kind: "shifted" (another sample's output is moved, and its own is not), "all" (all are, by the same, or
+            whatever the order).
         label: the tensor, as Python reads it off a batch.
         rows: a sample, and the output that it moves; of "all" the shapes' lengths.
         shapes: of the tensor and of the output.
@@ -119,6 +120,10 @@ def _moved(replay: Replay, t: Tensor, sample: int) -> list[Tensor | None]:
         if all(bool(v.isfinite().all()) for v in found):
             return [v if v.ndim and bool(v.any()) else None for v in found]
     return [None] * len(replay.outputs)
+
+
+def _are_all_moved(moved: Tensor) -> bool:
+    return bool(moved.reshape(len(moved), -1).any(1).all())
 
 
 def _are_alike(moved: Tensor) -> bool:

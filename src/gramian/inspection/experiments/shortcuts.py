@@ -14,6 +14,7 @@ from torch import Tensor
 from gramian.inspection.experiments.asking import (
     along_rows,
     are_bounded,
+    are_normalized,
     labels_of_loss,
     takes_only_outputs,
     uses_a_network,

@@ -116,6 +116,10 @@ class Operations:
             self.seen.dropouts[name] = max(share_dropped(func, args, kwargs), self.seen.dropouts.get(name, 0.0))
         if func in _SOFTMAX and given and not self.live:
             self._routing(name, order, given[0], made)
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            is_single = isinstance(dim, int) and made.ndim > 2 and made.shape[dim] == 1 < made.shape[1]
+            if is_single and trace(given[0], self.names).sources:
+                self.seen.single_softmax.setdefault(name, tuple(made.shape))
         if func in _RECTIFIERS:
             self._activation(name, order, _RECTIFIERS[func], made, None)
         elif func in _BOUNDED:
