@@ -206,7 +206,7 @@ def single_softmax(context: Context) -> Iterator[Finding]:
             f"A softmax in {context.told(name)} is over one value, and always 1",
             where=name or "all layers",
             evidence=f"of scores {shape}, which a matrix gives, its dimension has one entry (exact)",
-            cause="The softmax is over the last dimension, and that over which the weights are to sum to one is another.",
+            cause="The softmax is over the last dimension, and the weights are to sum to one over another one.",
             advice="Use the dimension of the positions, as softmax(dim=1).",
         )
         return

@@ -17,6 +17,7 @@ __all__ = [
     "along_rows",
     "are_bounded",
     "are_normalized",
+    "has_negatives",
     "is_by_sample",
     "labels_of_loss",
     "others",
@@ -150,6 +151,16 @@ def labels_of_loss(asked: Asked) -> Iterator[tuple[Given, list[Any]]]:
         batches = [mapped(asked.batch, lambda v, t=t, new=new: new if v is t else v) for new in others(t)]
         if any(_moves(replay, batch) for batch in batches):
             yield one, batches
+
+
+def has_negatives(asked: Asked) -> bool:
+    """Whether the loss takes a tensor of the batch without a positive number, as costs or rewards below zero: they turn
+    its sign.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+    """
+    return any(not bool((one.values[0] > 0).any()) for one, _ in labels_of_loss(asked))
 
 
 def takes_only_outputs(asked: Asked) -> bool:

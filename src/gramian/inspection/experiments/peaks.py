@@ -20,7 +20,7 @@ DISTANCES, DRAWS = (0.03, 0.1, 0.3), 3
 # Samples that are too few; changes that are rounding, as a share of the largest.
 LEAST, EQUAL = 4, 1e-5
 # The share of what the loss differs by elsewhere by which it is higher at the labels.
-HIGHER = 0.1
+HIGHER = 0.01
 
 
 @dataclass(frozen=True)

@@ -167,15 +167,21 @@ def _reversed(replay: Replay, i: int, label: Given, rises: list[Tensor]) -> Prof
     for c, v in views:
         if not bool((v >= -bound).all()) or not bool((v > bound).any(0).all()):
             continue
-        for by in (10 * far, LEVELS[-1]):  # where an exponential overflows, the nearer
-            below, above = (g if c < 0 else g[:, c] for g in (_slopes(replay, i, at, c) for at in (-by, by)))
-            if bool((below.isfinite() & above.isfinite()).all()):
-                has_minimum = float(((below < 0) & (above > 0)).double().mean()) > 0.5
-                is_critic = _is_of_two(t) and torch.allclose(below, above, rtol=EQUAL, atol=0.0)
-                if not is_critic and (not has_minimum or _is_at_minus(replay, i, t, c)):
-                    slopes = (float(below.mean()), float(above.mean()))
-                    return Profile("reversed", label.name, max(c, 0), tuple(out.shape), slopes)
-                break
+        ends = [
+            tuple(g if c < 0 else g[:, c] for g in (_slopes(replay, i, at, c) for at in (-by, by)))
+            for by in (10 * far, *reversed(LEVELS[-3:]))
+        ]  # where an exponential overflows, or has ended, the nearer
+        ends = [(low, high) for low, high in ends if bool((low.isfinite() & high.isfinite()).all())]
+        if not ends:
+            continue
+        below, above = ends[0]
+        turns = torch.stack([low < 0 for low, _ in ends]).any(0) & torch.stack([high > 0 for _, high in ends]).any(0)
+        has_minimum = float(turns.double().mean()) > 0.5
+        is_critic = _is_of_two(t) and torch.allclose(below, above, rtol=EQUAL, atol=0.0)
+        if not is_critic and (not has_minimum or _is_at_minus(replay, i, t, c)):
+            return Profile(
+                "reversed", label.name, max(c, 0), tuple(out.shape), (float(below.mean()), float(above.mean()))
+            )
     return None
 
 

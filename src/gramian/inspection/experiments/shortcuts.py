@@ -29,14 +29,14 @@ SIZES = (1.0, 3.0, 10.0, 30.0)
 # Numbers of an embedding, draws of random ones, and samples that are too few.
 NARROW, DRAWS, LEAST = 4, 4, 4
 # A slope below this share of the largest has ended; losses that are equal up to rounding.
-ENDED, EQUAL = 1e-3, 1e-4
+ENDED, EQUAL, ROUNDING = 1e-3, 1e-4, 1e-6
 # Columns of an output that are looked at one by one, and in halves or thirds; what may be left of what labels change of
 # the loss, and of its gradient.
 COLUMNS, WIDE, KEPT, STILL = 4, 48, 0.02, 0.1
 # How far a column is moved: through an exponential, and through a softplus.
 FAR = (12.0, 1000.0)
 # Where a column may have to be for the loss to be least at the labels.
-LEVELS_OF_PART = (0.0, -1.0, 1.0, -3.0, 3.0, -6.0, 6.0)
+LEVELS_OF_PART = (-6.0, -3.0, -1.0, 0.0, 1.0, 3.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -240,29 +240,42 @@ def _drowns(replay: Replay, part: _Part, sign: float, batches: Sequence[Any], la
         pairs = zip(outputs, replay.gradients(outputs), strict=True)
         left = max(float(along_rows(t, g).abs().amax()) for t, g in pairs)
         if max(there) - min(there) <= KEPT * spread and left <= STILL * slope and max(there) < here[0]:
-            low = min(_as_labels_say(replay, part, label), default=there[0])
-            return there[0] if there[0] - low <= KEPT * (here[0] - low) else None
+            return there[0] if _never_returns(replay, part, sign, label, (here[0], there[0])) else None
     return None
 
 
-def _as_labels_say(replay: Replay, part: _Part, label: Tensor) -> list[float]:
+def _never_returns(replay: Replay, part: _Part, sign: float, label: Tensor, ends: tuple[float, float]) -> bool:
+    """Whether, also where other columns are as the labels say, the loss never rises along a part, nor is it lower."""
+    here, there = ends
+    for values in _as_labels_say(replay, part, sign, label):
+        if any(b > a + ROUNDING * abs(here) for a, b in pairwise(values)):
+            return False
+        if there - min(values) > KEPT * (here - min(values)):
+            return False
+    return True
+
+
+def _as_labels_say(replay: Replay, part: _Part, sign: float, label: Tensor) -> list[list[float]]:
     """Losses with the labels in place of other columns, one by one and all, and this part at some levels."""
-    found = []
-    for by in LEVELS_OF_PART:
-        outputs = part.moved(replay.outputs, by)
-        for k, t in enumerate(outputs):
-            if are_normalized(t):
-                continue
-            if t.ndim == 2 and label.numel() == len(t):
-                free = [c for c in range(t.shape[1]) if k != part.output or c not in part.columns]
-                choices = [free, *([c] for c in free)] if len(free) > 1 else [free]
+    choices: list[tuple[int, list[int]]] = []
+    for k, t in enumerate(replay.outputs):
+        if are_normalized(t) or (k == part.output and not part.columns):
+            continue
+        if t.ndim == 2 and label.numel() == len(t):
+            free = [c for c in range(t.shape[1]) if k != part.output or c not in part.columns]
+            choices += [(k, free), *((k, [c]) for c in free if len(free) > 1)]
+        elif t.numel() == label.numel():
+            choices.append((k, []))
+    found: list[list[float]] = []
+    for k, columns in choices:
+        run = []
+        for by in LEVELS_OF_PART:
+            outputs = part.moved(replay.outputs, sign * by)
+            values = outputs[k].clone()
+            if columns:
+                values[:, columns] = label.reshape(-1, 1).to(values)
             else:
-                choices = [[]] if t.numel() == label.numel() else []
-            for columns in choices if k != part.output or part.columns else ():
-                values = t.clone()
-                if columns:
-                    values[:, columns] = label.reshape(-1, 1).to(t)
-                elif t.numel() == label.numel():
-                    values = label.reshape(t.shape).to(t)
-                found.append(replay.value([*outputs[:k], values, *outputs[k + 1 :]]))
-    return [v for v in found if math.isfinite(v)]
+                values = label.reshape(values.shape).to(values)
+            run.append(replay.value([*outputs[:k], values, *outputs[k + 1 :]]))
+        found.append([v for v in run if math.isfinite(v)])
+    return [run for run in found if run]
