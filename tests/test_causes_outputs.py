@@ -21,7 +21,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def net(inputs: int, outputs: int, *last: nn.Module) -> nn.Module:
+def net(inputs: int, outputs: int, *last: nn.Module) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(inputs, 24), nn.SiLU(), nn.Linear(24, outputs), *last)
 
@@ -106,7 +106,8 @@ def boxes(sign: float) -> tuple[nn.Module, Any, Loss]:
         return 1 - sign * (inner / both.clamp(min=1e-6)).mean()
 
     model = net(5, 4, nn.Sigmoid())
-    model[2].bias.data.copy_(torch.tensor([-1.0, -1.0, 1.0, 1.0]))
+    with torch.no_grad():
+        model.get_parameter("2.bias").copy_(torch.tensor([-1.0, -1.0, 1.0, 1.0]))
     return model, [{"x": X, "boxes": truth}], loss
 
 
@@ -168,14 +169,16 @@ class Flow(nn.Module):
 
     def __init__(self, *, is_identity: bool) -> None:
         super().__init__()
-        self.nets = nn.ModuleList(net(2, 4) for _ in range(2))
+        nets = [net(2, 4) for _ in range(2)]
         if is_identity:
-            for one in self.nets:
-                nn.init.zeros_(one[2].weight), nn.init.zeros_(one[2].bias)
+            for one in nets:
+                for p in one[2].parameters():
+                    nn.init.zeros_(p)
+        self.nets = nn.ModuleList(nets)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b = x.chunk(2, 1)
-        total = 0.0
+        total = torch.zeros(len(x))
         for one in self.nets:
             scale, shift = one(a).chunk(2, 1)
             a, b = b * scale.tanh().exp() + shift, a

@@ -248,6 +248,8 @@ def end_to_end(measured: Measured) -> Iterator[Finding]:
         return
     largest, middle = measured.jacobian[0], measured.jacobian[len(measured.jacobian) // 2]
     measured.facts["end-to-end Jacobian σ₁"] = largest
+    if largest == 0.0 and measured.varies:
+        return  # the last layer does not depend on the first, and the output on the input by another way
     eps = torch.finfo(measured.dtype).eps
     small = largest < 1
     forgets = small and largest >= eps and measured.is_recurrent  # a cell need not keep its first input to learn

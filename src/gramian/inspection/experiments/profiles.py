@@ -178,7 +178,10 @@ def _reversed(replay: Replay, i: int, label: Given, rises: list[Tensor]) -> Prof
         turns = torch.stack([low < 0 for low, _ in ends]).any(0) & torch.stack([high > 0 for _, high in ends]).any(0)
         has_minimum = float(turns.double().mean()) > 0.5
         is_critic = _is_of_two(t) and torch.allclose(below, above, rtol=EQUAL, atol=0.0)
-        if not is_critic and (not has_minimum or _is_at_minus(replay, i, t, c)):
+        largest = max(float(torch.maximum(low.abs(), high.abs()).amax()) for low, high in ends)
+        falls = float(below.mean()) > FLAT * largest or float(above.mean()) < -FLAT * largest
+        is_endless = not has_minimum and (falls or _is_of_two(t))  # else a score of whether there is something at all
+        if not is_critic and (is_endless or _is_at_minus(replay, i, t, c)):
             return Profile(
                 "reversed", label.name, max(c, 0), tuple(out.shape), (float(below.mean()), float(above.mean()))
             )
