@@ -92,7 +92,8 @@ def _asked_of(replay: Replay, label: Given, i: int, values: tuple[float, float],
     size = max(map(abs, (right, far, wrong, far_wrong, replay.here)))
     if not math.isfinite(size):
         return None
-    if is_only and off > 0 and FALLS * off < on < 0.99 * off:
+    goes_on = right - far > abs(replay.here)  # where both ends are flat, their slopes tell nothing
+    if is_only and goes_on and FALLS * off < on < 0.99 * off:
         return _endless(replay, label, at(CLEAR), at(FAR), off, values, (replay.here, right, far))
     if is_only and abs(right - wrong) <= EQUAL * size and abs(far - far_wrong) <= EQUAL * size:
         moves = abs(right - replay.here) > 1e3 * EQUAL * size
