@@ -88,7 +88,8 @@ def try_jacobian(
             return NoJacobian(f"it is too large, {m} × {n} for each sample")
         if _mixes(start, end):
             return NoJacobian(
-                f"what {first.name} puts out for several rows reaches one row of {last.name}: these are steps of time, say, and no samples"
+                f"what {first.name} puts out for several rows reaches one row of {last.name}: these are steps of time, "
+                "say, and no samples"
             )
         jacobian, copy = [], torch.arange(len(end), device=end.device) % copies
         for k in range(0, m, copies):

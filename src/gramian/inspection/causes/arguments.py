@@ -1,4 +1,4 @@
-"""Causes in what the model makes of its arguments, and in what its outputs can reach or are compared with."""
+"""Causes in what the model makes of its arguments, and in outputs that are compared with its own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from gramian.inspection.causes.context import Context
 from gramian.report import Finding
 
 __all__ = ["RULES"]
-
-# The share of outputs that want to be beyond an end from which on it is told.
-OUTSIDE = 0.2
 
 
 def unheard(context: Context) -> Iterator[Finding]:
@@ -49,24 +46,6 @@ def inverted(context: Context) -> Iterator[Finding]:
     )
 
 
-def beyond(context: Context) -> Iterator[Finding]:
-    """Find outputs whose range the loss's minimum is outside of. Measured with the outputs alone."""
-    found, ends = context.probes.beyond, context.observed.ends
-    if found is None or ends is None or found[0] <= OUTSIDE:
-        return
-    share, label = found
-    yield Finding(
-        "output-range",
-        "error",
-        f"For {share:.0%} of the outputs the loss has its minimum beyond their range",
-        where="loss",
-        evidence=f"the network ends with {ends.function}, of values in [{ends.low:g}, {ends.high:g}]; at that end the "
-        f"loss still falls, and far beyond it rises again, where {label} has values (measured)",
-        cause="Outputs at an end of the range get no gradient, and cannot reach what they are compared with.",
-        advice=f"Remove the {ends.function} at the end, or scale {label} into its range.",
-    )
-
-
 def taught(context: Context) -> Iterator[Finding]:
     """Find probabilities that are compared with the network's own, which have a gradient. Exact."""
     if context.observed.num_taught != 1:  # two are each other's, on purpose
@@ -83,4 +62,4 @@ def taught(context: Context) -> Iterator[Finding]:
     )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (unheard, inverted, beyond, taught)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (unheard, inverted, taught)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from gramian.batch import mapped
+from gramian.inspection.experiments.asking import is_by_sample
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import given_of
 
@@ -15,6 +15,10 @@ __all__ = ["Rows", "compared_rows"]
 
 # Differences of gradients that are zero or equal up to rounding, as a share of the largest.
 EQUAL = 1e-3
+# Of a row that is not compared with a number at all, as a share of the largest row.
+STILL = 1e-6
+# Gradients that sums in another order make equal, as a share of the largest.
+ORDER = 1e-4
 # Samples that are looked at, and outputs from which on all alike are no chance.
 SAMPLES, LEAST = (0, 2), 4
 # How far a number is moved, in the largest of numbers and outputs, so that absolute values change their slope too.
@@ -26,7 +30,8 @@ class Rows:
     """What is wrong between samples.
 
     Attributes:
-        kind: "shifted" (another sample's output is moved, and its own is not), "all" (all are, by the same).
+        kind: "shifted" (another sample's output is moved, and its own is not), "all" (all are, by the same, or
+            whatever the order).
         label: the tensor, as Python reads it off a batch.
         rows: a sample, and the output that it moves; of "all" the shapes' lengths.
         shapes: of the tensor and of the output.
@@ -60,40 +65,47 @@ def compared_rows(asked: Asked) -> Rows | None:
         t = one.values[0]
         if not t.is_floating_point() or len(t) < LEAST or not bool(t.isfinite().all()):
             continue
-        first = _moved(replay, t, SAMPLES[0], replay.outputs)
+        first = _moved(replay, t, SAMPLES[0])
+        largest = max((float(moved.abs().amax()) for moved in first if moved is not None), default=0.0)
         for i, moved in enumerate(first):
             out = replay.outputs[i]
-            if moved is None or len(moved) != len(t):
+            if moved is None or len(moved) != len(t) or float(moved.abs().amax()) <= STILL * largest:
                 continue
             shapes = (tuple(t.shape), tuple(out.shape))
             if _are_alike(moved):
-                again = _moved(replay, t, SAMPLES[1], replay.outputs)[i]
+                again = _moved(replay, t, SAMPLES[1])[i]
                 if again is not None and _are_alike(again):
                     return Rows("all", one.name, (len(t), len(out)), shapes)
+            if (
+                t.numel() == len(t)
+                and bool(moved.reshape(len(moved), -1).any(1).all())
+                and _is_in_any_order(replay, i, t)
+            ):
+                return Rows("all", one.name, (len(t), len(out)), shapes)
             other = _alone(moved, SAMPLES[0])
             if other is not None:
-                again = _moved(replay, t, SAMPLES[1], replay.outputs)[i]
-                also = _alone(again, SAMPLES[1]) if again is not None else None
-                if also is not None and also != other:  # else the one output that a loss over all has most of
+                again = _moved(replay, t, SAMPLES[1])[i]
+                if again is not None and _alone(again, SAMPLES[1]) is not None:
                     return Rows("shifted", one.name, (SAMPLES[0], other), shapes)
-        if len(t) == t.numel() and _compares_all(replay, t):
-            shape = next(tuple(out.shape) for out in replay.outputs if out.ndim and len(out) == len(t))
-            return Rows("all", one.name, (len(t), len(t)), (tuple(t.shape), shape))
     return None
 
 
-def _compares_all(replay: Replay, t: Tensor) -> bool:
-    """Whether a sample's number moves all outputs by the same where these are equal: its own is no other then."""
-    if not all(out.ndim and len(out) == len(t) for out in replay.outputs):
+def _is_in_any_order(replay: Replay, i: int, t: Tensor) -> bool:
+    """Whether numbers in another order give the same gradients, and each output's depends on no other output.
+
+    A distance of distributions takes its samples in any order too, and there each output's depends on all.
+    """
+    if not is_by_sample(replay, i):
         return False
-    equal = [out.mean(0, keepdim=True).expand_as(out).clone() for out in replay.outputs]
-    runs = [_moved(replay, t, sample, equal) for sample in SAMPLES]
-    return all(any(one is not None for one in run) for run in runs) and all(
-        one is None or _are_alike(one) for run in runs for one in run
-    )
+    for shift in (1, 3):
+        batch = mapped(replay.batch, lambda v, shift=shift: v.roll(shift, 0) if v is t else v)
+        runs = zip(replay.gradients(replay.outputs, batch), replay.slopes, strict=True)
+        if not all(float((a - b).abs().amax()) <= ORDER * float(b.abs().amax()) for a, b in runs):
+            return False
+    return True
 
 
-def _moved(replay: Replay, t: Tensor, sample: int, outputs: Sequence[Tensor]) -> list[Tensor | None]:
+def _moved(replay: Replay, t: Tensor, sample: int) -> list[Tensor | None]:
     """By how much each output's rows of gradients differ between two values of a sample's numbers."""
     size = max(float(v.abs().amax()) for v in (t, *replay.outputs) if v.numel())
     for low, high in ((-FAR * size, FAR * size), (float(t.min()), float(t.max()))):
@@ -101,11 +113,17 @@ def _moved(replay: Replay, t: Tensor, sample: int, outputs: Sequence[Tensor]) ->
         for value in (low, high):
             changed = t.clone()
             changed[sample] = value
-            runs.append(replay.gradients(outputs, mapped(replay.batch, lambda v, new=changed: new if v is t else v)))
+            runs.append(
+                replay.gradients(replay.outputs, mapped(replay.batch, lambda v, new=changed: new if v is t else v))
+            )
         found = [two - one for one, two in zip(*runs, strict=True)]
         if all(bool(v.isfinite().all()) for v in found):
             return [v if v.ndim and bool(v.any()) else None for v in found]
     return [None] * len(replay.outputs)
+
+
+def _are_all_moved(moved: Tensor) -> bool:
+    return bool(moved.reshape(len(moved), -1).any(1).all())
 
 
 def _are_alike(moved: Tensor) -> bool:
@@ -116,5 +134,5 @@ def _are_alike(moved: Tensor) -> bool:
 def _alone(moved: Tensor, own: int) -> int | None:
     """The one row that differs, where it is not its own."""
     sizes = moved.flatten(1).abs().amax(1) if moved.ndim > 1 else moved.abs()
-    rows = (sizes > EQUAL * float(sizes.max())).nonzero().flatten().tolist()
+    rows = (sizes > STILL * float(sizes.max())).nonzero().flatten().tolist()
     return rows[0] if len(rows) == 1 and rows[0] != own else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -12,18 +11,15 @@ from torch import Tensor
 from gramian.inspection.passes.given import key
 from gramian.inspection.passes.moments import packed
 from gramian.inspection.passes.observed import Observed, Raw
-from gramian.operators.cuts import nodes_of
 from gramian.recording.tracking import tensors_of
 
-__all__ = ["RawData", "is_data"]
+__all__ = ["RawData"]
 
 # Products with weights; the features are in the last dimension of what they take, or, of convolutions, in the second.
 _PRODUCTS = frozenset(("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "einsum", "bilinear"))
 _JOINS = frozenset(("cat", "concat", "concatenate", "hstack"))
 # Rows of a layer's data that are kept, and layers.
 MOST_ROWS, MOST_LAYERS = 65_536, 32
-# Operations by which data that have a gradient are made.
-MOST_STEPS = 20
 
 
 class RawData:
@@ -64,26 +60,18 @@ class RawData:
         outputs = list(tensors_of((output,)))
         data = [t for t in given if id(t) in self.raw]
         if not data:
-            if any(id(t) in self.names or id(t) in self.made or t.requires_grad for t in given):
+            if any(self._is_made(t) for t in given):
                 self.made |= {id(t) for t in outputs}
-        elif any(id(t) in self.names or id(t) in self.made or t.requires_grad for t in given):
+        elif any(self._is_made(t) for t in given):
             self.made |= {id(t) for t in outputs}
             if function in _JOINS and outputs:
                 self.joined[id(outputs[0])] = (outputs[0], data)
         else:
             self.raw |= {id(t): t for t in outputs}
 
-
-def is_data(t: Tensor, names: Mapping[int, str]) -> bool:
-    """Whether a tensor that has a gradient is made of data alone, by a few operations, as what is differentiated by.
-
-    Args:
-        t: with a gradient.
-        names: of the model's parameters, by id.
-    """
-    nodes = list(islice(nodes_of(t), MOST_STEPS + 1))
-    made = any(id(getattr(node, "variable", None)) in names for node in nodes)
-    return len(nodes) <= MOST_STEPS and not made and id(t) not in names
+    def _is_made(self, t: Tensor) -> bool:
+        """Whether parameters have made a value, or may have."""
+        return id(t) not in self.raw and (id(t) in self.names or id(t) in self.made or t.requires_grad)
 
 
 def _rows(t: Tensor, function: str) -> Tensor:

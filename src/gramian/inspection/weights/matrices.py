@@ -225,8 +225,8 @@ def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[s
     """The holdings from embeddings to head, with the head marked.
 
     In between they stand as in the file, or, where its names are in the order of the alphabet, `layers.2` before
-    `layers.10`. A file need not keep the order of layers, so the last is the head only where no table of tokens is: a head that is tied to
-    one may not be in the file. An adapter has those of its modules that it changes.
+    `layers.10`. A file need not keep the order of layers, so the last is the head only where no table of tokens is: a
+    head that is tied to one may not be in the file. An adapter has those of its modules that it changes.
     """
     names = [name for name, entry in checkpoint.entries.items() if not entry.made]
     kept = {name: i for i, name in enumerate(checkpoint.entries)} if names != sorted(names) else None
