@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.scaling import peak
 from gramian.optim.health import sine
 from gramian.optim.muon import advanced, average, choose
 from gramian.optim.options import FLAG, Shared, interval, whole
 from gramian.optim.polar import polar
-from gramian.optim.preconditioned import REFRESH, SIDES, Sides, preconditioned_sides, relative
+from gramian.optim.preconditioned import REFRESH, relative
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.stacks import State
@@ -22,10 +23,10 @@ __all__ = ["BalancedMuon"]
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
-    """The momentum, and per side that is not too long the second moment of the gradients and its damped inverse root."""
-    num = m.shape[0]
+    """The momentum, and of each side that is not too long the gradients' second moment and its damped inverse root."""
+    num, rows, columns = m.shape
     state = {"momentum": m.new_zeros(m.shape), "fallbacks": m.new_zeros(num, 1, 1)}
-    for side, size in preconditioned_sides(m.shape, options["sides"]):
+    for side, size in (("left", rows), ("right", columns)):
         if size <= options["longest"]:
             state[f"{side}_moment"] = m.new_zeros(num, size, size)
             state[f"{side}_root"] = torch.eye(size, dtype=m.dtype, device=m.device).repeat(num, 1, 1)
@@ -37,8 +38,8 @@ def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     sides = _sides(state)
     if not sides:
         return polar(advanced(g, state["momentum"], context), context.options, out=g)
-    # In units of the gradients' usual size, of which no entry is more than ten times: squares do not overflow.
-    unit = g / state["usual"].clamp_min(torch.finfo(g.dtype).tiny)
+    unit = g / peak(g, (-2, -1)).clamp_min_(torch.finfo(g.dtype).tiny)  # so that no square overflows
+    unit /= _norm(unit)
     for side in sides:
         second = unit @ unit.mT if side == "left" else unit.mT @ unit
         average(state[f"{side}_moment"], second, context.options["moment_beta"], context)
@@ -112,10 +113,8 @@ class BalancedMuon(MatrixOptimizer):
         lr, momentum, nesterov, rtol: as of `Muon`.
         damping: δ. The larger, the nearer to Muon.
         moment_beta: the weight of the past in L and R.
-        sides: `"both"`; `"small"`, the smaller one only; `"auto"`: both where the longer side is less than twice the
-            shorter one.
-        longest: a longer side has no moment and no root, and a matrix without any steps as under Muon: there they cost
-            more than they gain.
+        longest: a side of more rows or columns has no moment and no root, and a matrix without any steps as under Muon:
+            there they cost more than they gain.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`; `refresh`, the steps
             between two inverse roots of a matrix, is 10 by default.
 
@@ -143,7 +142,6 @@ class BalancedMuon(MatrixOptimizer):
             "rtol": interval("(0, 1)"),
             "damping": interval("(0, ∞)"),
             "moment_beta": interval("[0, 1)"),
-            "sides": SIDES,
             "longest": whole(0),
         },
         adamw={"momentum": "exp_avg"},
@@ -163,7 +161,6 @@ class BalancedMuon(MatrixOptimizer):
         rtol: float = 0.125,
         damping: float = 1.0,
         moment_beta: float = 0.95,
-        sides: Sides = "auto",
         longest: int = 64,
         **shared: Unpack[Shared],
     ) -> None:
@@ -174,7 +171,6 @@ class BalancedMuon(MatrixOptimizer):
             "rtol": rtol,
             "damping": damping,
             "moment_beta": moment_beta,
-            "sides": sides,
             "longest": longest,
         }
         super().__init__(params, lr, options, **shared)

@@ -16,7 +16,18 @@ from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.stacks import State
 
-__all__ = ["Muon", "advanced", "average", "choose", "init", "look_ahead", "orthogonal", "staleness", "update", "weight_of_past"]
+__all__ = [
+    "Muon",
+    "advanced",
+    "average",
+    "choose",
+    "init",
+    "look_ahead",
+    "orthogonal",
+    "staleness",
+    "update",
+    "weight_of_past",
+]
 
 PART = 1 << 17
 """Entries of the gradients that are averaged together on a CPU: both they and the means fit its second cache."""
