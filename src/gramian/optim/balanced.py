@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Unpack
 
@@ -9,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gramian.linalg.engine import lapack
-from gramian.linalg.engine.scaling import peak
 from gramian.optim.health import sine
 from gramian.optim.muon import advanced, average, choose
 from gramian.optim.options import FLAG, Shared, interval, whole
 from gramian.optim.polar import polar
-from gramian.optim.preconditioned import REFRESH, relative
+from gramian.optim.preconditioned import REFRESH
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.stacks import State
@@ -38,11 +38,11 @@ def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     sides = _sides(state)
     if not sides:
         return polar(advanced(g, state["momentum"], context), context.options, out=g)
-    unit = g / peak(g, (-2, -1)).clamp_min_(torch.finfo(g.dtype).tiny)  # so that no square overflows
+    unit = g / _norm(g, math.inf)  # so that no square overflows
     unit /= _norm(unit)
     for side in sides:
-        second = unit @ unit.mT if side == "left" else unit.mT @ unit
-        average(state[f"{side}_moment"], second, context.options["moment_beta"], context)
+        first = unit if side == "left" else unit.mT
+        _accumulate(state[f"{side}_moment"], first, context)
         if context.due is None or len(context.due):
             _renew(state, side, context)
     x = _between(advanced(g, state["momentum"], context), state)
@@ -62,39 +62,47 @@ def _between(x: Tensor, state: State) -> Tensor:
     return x @ state["right_root"] if "right_root" in state else x
 
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
+def _norm(x: Tensor, order: float = 2) -> Tensor:
+    return torch.linalg.vector_norm(x, order, dim=(-2, -1), keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
+
+
+def _accumulate(moment: Tensor, x: Tensor, context: StepContext) -> None:
+    """moment ← β·moment + (1 − β) x xᵀ, except for matrices without a finite gradient."""
+    beta = context.options["moment_beta"]
+    if context.all_alive:
+        moment.baddbmm_(x, x.mT, beta=beta, alpha=1 - beta)
+    else:
+        average(moment, x @ x.mT, beta, context)
 
 
 def _renew(state: State, side: str, context: StepContext) -> None:
-    """The inverse roots of the matrices that are due; where LAPACK fails, the old one stays."""
+    """The inverse roots of the matrices that are due; where there is none, the old one stays."""
     at = slice(None) if context.due is None else context.due
-    root, failed, known = _root(state[f"{side}_moment"][at], context.options["damping"])
-    if bool(known.all()):
-        state[f"{side}_root"][at] = root
-        return
-    state[f"{side}_root"][at] = torch.where(known, root, state[f"{side}_root"][at])
-    state["fallbacks"][at] += failed
+    moment = state[f"{side}_moment"][at]
+    root, good = _root(moment, context.options["damping"])
+    if not bool(good.all()):
+        seen = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
+        root = torch.where(good, root, state[f"{side}_root"][at])
+        state["fallbacks"][at] += (seen & ~good).to(moment.dtype)
+    state[f"{side}_root"][at] = root
 
 
-def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(M/m + δ)^(-1/2), with m the mean eigenvalue of M; where LAPACK failed, and where the root is known (K, 1, 1).
+def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(M/m + δ)^(-1/2), with m the mean eigenvalue of M, and whether it is good (K, 1, 1).
 
     It needs no certificate: with the damping, the eigenvalues under the root lie within a factor of 1 + n/δ.
     """
-    scaled, size = relative(moment)
-    values, vectors, ok = lapack.eigh(scaled)
-    root = vectors * values.clamp_min_(0.0).add_(damping).rsqrt_()[:, None] @ vectors.mT
-    ok &= root.isfinite().flatten(1).all(-1)
-    seen = size > 0
-    return root, (seen & ~ok)[:, None, None], (seen & ok)[:, None, None]
+    values, vectors, ok = lapack.eigh(moment)
+    relative = (values / values.mean(-1, keepdim=True)).clamp_min_(0.0)
+    root = vectors * relative.add_(damping).rsqrt_()[:, None] @ vectors.mT
+    return root, (ok & root.isfinite().flatten(1).all(-1))[:, None, None]
 
 
 def staleness(state: State, options: Mapping[str, Any]) -> Tensor | None:
     """The sine of the angle between a root that is kept and that of the present moment; the larger of the sides."""
     angles = []
     for side in _sides(state):
-        now, _, _ = _root(state[f"{side}_moment"].double(), options["damping"])
+        now, _ = _root(state[f"{side}_moment"].double(), options["damping"])
         angles.append(sine(state[f"{side}_root"].double(), now))
     return torch.stack(angles).amax(0) if angles else None
 
@@ -114,7 +122,7 @@ class BalancedMuon(MatrixOptimizer):
         damping: δ. The larger, the nearer to Muon.
         moment_beta: the weight of the past in L and R.
         longest: a side of more rows or columns has no moment and no root, and a matrix without any steps as under Muon:
-            there they cost more than they gain.
+            there they cost more than they gain. Kernels gain with 256, where a step may cost it.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`; `refresh`, the steps
             between two inverse roots of a matrix, is 10 by default.
 

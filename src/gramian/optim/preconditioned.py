@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from gramian.optim.options import one_of
 
-__all__ = ["REFRESH", "SIDES", "Sides", "preconditioned_sides", "relative"]
+__all__ = ["REFRESH", "SIDES", "Sides", "preconditioned_sides"]
 
 Sides = Literal["auto", "both", "small"]
 SIDES = one_of("auto", "both", "small")
@@ -31,9 +28,3 @@ def preconditioned_sides(shape: Sequence[int], sides: Sides) -> list[tuple[str, 
     if sides == "both" or (sides == "auto" and max(rows, columns) < SQUARE * min(rows, columns)):
         return both
     return both[:1] if rows <= columns else both[1:]
-
-
-def relative(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """A moment in units of its mean eigenvalue, so that its root is near one and `damping` relative; and that unit."""
-    size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return moment / size.clamp_min(torch.finfo(moment.dtype).tiny)[:, None, None], size

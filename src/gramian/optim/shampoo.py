@@ -13,7 +13,7 @@ from gramian.linalg.engine import cost
 from gramian.optim.health import sine
 from gramian.optim.muon import average, look_ahead
 from gramian.optim.options import FLAG, Shared, interval
-from gramian.optim.preconditioned import REFRESH, SIDES, Sides, preconditioned_sides, relative
+from gramian.optim.preconditioned import REFRESH, SIDES, Sides, preconditioned_sides
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.scaling import as_long_as_polar, rescale_
 from gramian.optim.shell import MatrixOptimizer
@@ -58,7 +58,7 @@ def staleness(state: State, options: Mapping[str, Any]) -> Tensor:
     sides = _sides(state)
     angles = []
     for side in sides:
-        scaled, _ = relative(state[f"{side}_moment"].double())
+        scaled, _ = _relative(state[f"{side}_moment"].double())
         with cost.fixed():
             now = linalg.inv_root_ex(scaled, 2 * len(sides), damping=options["damping"])[0]
         angles.append(sine(state[f"{side}_root"].double(), now))
@@ -69,11 +69,17 @@ def _sides(state: State) -> list[str]:
     return [side for side in ("left", "right") if f"{side}_root" in state]
 
 
+def _relative(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """A moment in units of its mean eigenvalue, so that its root is near one and `damping` relative; and that unit."""
+    size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return moment / size.clamp_min(torch.finfo(moment.dtype).tiny)[:, None, None], size
+
+
 def _renew(state: State, side: str, p: int, context: StepContext) -> None:
     """The inverse p-th roots of the matrices that are due; where one is not certified, the old one stays."""
     at = slice(None) if context.due is None else context.due
     moment = state[f"{side}_moment"][at]
-    scaled, size = relative(moment)
+    scaled, size = _relative(moment)
     ok = size > 0
     with cost.fixed():  # a run repeats bit by bit, on every rank
         root, certificate = linalg.inv_root_ex(
