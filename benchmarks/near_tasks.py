@@ -1,5 +1,9 @@
 """Development tasks beside those of `gramian bench optim`: small networks, convolutions, raw inputs, a recurrence.
 
+    OMP_NUM_THREADS=1 python benchmarks/near_tasks.py [TASK …]
+
+Equal steps: the geometric mean over three seeds of the held-out number, at each of a grid of half-decades, widened until
+the best lies between two worse ones; Muon and BalancedMuon. Then what a whole step of each costs, in turns.
 They were written before a direction was tried on them, near the families on which the default loses, and are none of
 the held-out tasks: other data, other networks.
 """
@@ -7,16 +11,21 @@ the held-out tasks: other data, other networks.
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import replace
 from functools import partial
+from statistics import geometric_mean
 
 import torch
 from torch import Tensor, nn
 
 from gramian.bench import learning_data as data
 from gramian.bench.learning_networks import _Block, _chain
-from gramian.bench.learning_tasks import LearningTask, _fitted, classes
+from gramian.bench.learning_tasks import LEARNING, LearningTask, _fitted, classes
+from gramian.bench.race import Make, costs, grid, held_out
+from gramian.optim import BalancedMuon, Muon
 
-__all__ = ["NEAR"]
+__all__ = ["NEAR", "TASKS"]
 
 
 class _Residual(nn.Module):
@@ -169,3 +178,34 @@ NEAR: dict[str, LearningTask] = {
     "pendulum": LearningTask(partial(_fitted, "pendulum", smooth, pendulum), "unexplained", 400, "development"),
     "lorenz": LearningTask(partial(_fitted, "lorenz", Forecast, lorenz), "unexplained", 120, "development"),
 }
+
+SHORT = {"mlp": 240, "autoencoder": 50, "characters": 60, "depthwise": 80, "lstm": 100, "ill-scaled": 320, "recall": 90}
+"""Steps for the tasks of the bench's development half."""
+
+TASKS = {name: replace(LEARNING[name], steps=steps) for name, steps in SHORT.items()} | NEAR
+SEEDS = (100, 0, 1)
+OURS: dict[str, Make] = {
+    "Muon": lambda model, lr: Muon(model, lr=lr),
+    "BalancedMuon": lambda model, lr: BalancedMuon(model, lr=lr),
+}
+
+
+def compare(learning: LearningTask) -> str:
+    """The best numbers of both with their rates, the ratio, and that of whole steps."""
+    best: dict[str, tuple[float, float]] = {}
+    for name, make in OURS.items():
+
+        def score(rate: float, make: Make = make) -> float:
+            return geometric_mean(held_out(learning, make, rate, seed, learning.steps) for seed in SEEDS)
+
+        best[name] = min((number, rate) for rate, number in grid(score, 0.1).items())
+    old, new = costs(learning, {name: (make, 0.1) for name, make in OURS.items()}, SEEDS[0]).values()
+    told = ", ".join(f"{name} {number:.4g} at {rate:.2g}" for name, (number, rate) in best.items())
+    ratio = best["BalancedMuon"][0] / best["Muon"][0]
+    return f"{told}: {ratio:.2f}; whole step {new.total / old.total:.2f}, its own {new.own / old.own:.2f}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for task in sys.argv[1:] or TASKS:
+        print(task, compare(TASKS[task]), sep=": ", flush=True)

@@ -41,8 +41,8 @@ def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     unit = g / _norm(g, math.inf)  # so that no square overflows
     unit /= _norm(unit)
     for side in sides:
-        first = unit if side == "left" else unit.mT
-        _accumulate(state[f"{side}_moment"], first, context)
+        second = unit @ unit.mT if side == "left" else unit.mT @ unit
+        average(state[f"{side}_moment"], second, context.options["moment_beta"], context)
         if context.due is None or len(context.due):
             _renew(state, side, context)
     x = _between(advanced(g, state["momentum"], context), state)
@@ -64,15 +64,6 @@ def _between(x: Tensor, state: State) -> Tensor:
 
 def _norm(x: Tensor, order: float = 2) -> Tensor:
     return torch.linalg.vector_norm(x, order, dim=(-2, -1), keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
-
-
-def _accumulate(moment: Tensor, x: Tensor, context: StepContext) -> None:
-    """moment ← β·moment + (1 − β) x xᵀ, except for matrices without a finite gradient."""
-    beta = context.options["moment_beta"]
-    if context.all_alive:
-        moment.baddbmm_(x, x.mT, beta=beta, alpha=1 - beta)
-    else:
-        average(moment, x @ x.mT, beta, context)
 
 
 def _renew(state: State, side: str, context: StepContext) -> None:
