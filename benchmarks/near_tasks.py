@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/near_tasks.py [TASK …]
 
-Equal steps: the geometric mean over three seeds of the held-out number, at each of a grid of half-decades, widened until
-the best lies between two worse ones; Muon and BalancedMuon. Then what a whole step of each costs, in turns.
+Equal steps: the geometric mean over three seeds of the held-out number, at each of a grid of half-decades, widened
+until the best lies between two worse ones; Muon and BalancedMuon. Then what a whole step of each costs, in turns.
+
 They were written before a direction was tried on them, near the families on which the default loses, and are none of
 the held-out tasks: other data, other networks.
 """

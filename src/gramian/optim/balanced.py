@@ -113,7 +113,7 @@ class BalancedMuon(MatrixOptimizer):
         damping: δ. The larger, the nearer to Muon.
         moment_beta: the weight of the past in L and R.
         longest: a side of more rows or columns has no moment and no root, and a matrix without any steps as under Muon:
-            there they cost more than they gain. Kernels gain with 256, where a step may cost it.
+            there they cost more than they gain.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`; `refresh`, the steps
             between two inverse roots of a matrix, is 10 by default.
 
