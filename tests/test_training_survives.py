@@ -277,6 +277,42 @@ def test_a_signal_whose_exception_was_lost_ends_the_run(request) -> None:
         gm.train(task(), steps=2, optimizer="adamw")
 
 
+class Dropping:
+    """Ctrl-C comes where Python drops its exception, as in the callbacks of an import."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def swallowing() -> nn.Module:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise RuntimeError("a module that was imported halfway") from None
+    return net()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("out", [None, "run"])
+@pytest.mark.parametrize(("where", "steps"), [("model", 0), ("swallowed", 0), ("step", 3)])
+def test_ctrl_c_whose_exception_was_lost_ends_the_run(tmp_path, request, where: str, out: str | None, steps: int) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    seen = []
+
+    def on_step(run: gm.Run, share: float) -> None:
+        seen.append(run.steps)
+        if where == "step" and run.steps == steps - 1:
+            Dropping()
+
+    model = {"model": lambda: (Dropping(), net())[1], "swallowed": swallowing, "step": net}[where]
+    with pytest.raises(KeyboardInterrupt):
+        gm.train(task(model=model), steps=9, optimizer="adamw", on_step=on_step, out=out and tmp_path / out)
+    assert max(seen, default=0) in (steps, steps - 1)  # with a folder, it is noted at once, and the run is kept
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists() == (out is not None and where == "step")
+
+
 def test_what_goes_on_for_long_is_told(monkeypatch) -> None:
     """An epoch that never ends, which epochs= would count first, and a step of many batches."""
     few = "accumulate is 4, more than the batches of an epoch, 3; the steps of the run: 2"
