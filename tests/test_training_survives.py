@@ -295,7 +295,7 @@ def swallowing() -> nn.Module:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("out", [None, "run"])
 @pytest.mark.parametrize(("where", "steps"), [("model", 0), ("swallowed", 0), ("step", 3)])
-def test_ctrl_c_whose_exception_was_lost_ends_the_run(tmp_path, request, where: str, out: str | None, steps: int) -> None:
+def test_ctrl_c_whose_exception_was_lost_ends(tmp_path, request, where: str, out: str | None, steps: int) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     seen = []
