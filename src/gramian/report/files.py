@@ -68,7 +68,7 @@ def check_target(path: str | os.PathLike[str], suffixes: tuple[str, ...] = (".ht
 
 
 def check_folder(path: str | os.PathLike[str], advice: str = "Choose another folder.") -> None:
-    """Check that a folder can be made at a path, or is there and can be written, before the work whose result goes there.
+    """Check that a folder can be made at a path, or be written there, before the work whose result is to go there.
 
     Args:
         path: the folder that is to be filled later.
