@@ -26,8 +26,8 @@ from gramian.optim import OPTIMIZERS
 STEPS = 100
 SHOWN = (20, 50, 100)  # steps after which distances are shown
 
-# Each at its usual rate for such a run; Muon at a smaller one too, and with polar factors to one percent; Shampoo with a
-# hundred times its damping.
+# Each at its usual rate for such a run; Muon at a smaller one too, and with polar factors to one percent; Shampoo with
+# a hundred times its damping.
 RUNS: tuple[tuple[str, float | None, dict[str, Any]], ...] = (
     ("muon", 0.1, {}),
     ("muon", None, {}),

@@ -164,9 +164,11 @@ class Objective:
         if total.is_complex():
             raise InputError(f"objective: the loss is complex, {total.dtype}; wanted a real number, as loss.real")
         given = units if type(units) is int else torch.as_tensor(units)
+        if total.is_meta or (isinstance(given, Tensor) and given.is_meta):
+            raise InputError("objective: the loss or the units are on the meta device and have no values")
         number = float(given) if isinstance(given, int) else given.item() if given.numel() == 1 else math.nan
         # Compared as a number, since a comparison of tensors costs a small model more than the waiting for its result.
-        if not (number >= 0 if empty else number > 0):
+        if not (0 <= number < math.inf if empty else 0 < number < math.inf):
             told = described(torch.as_tensor(units))
             raise InputError(f"objective: units: {told}. A batch needs at least one unit, as a label")
         return total if total.ndim == 0 else total.reshape(()), units, float(number)
