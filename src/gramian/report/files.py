@@ -95,7 +95,7 @@ def check_folder(path: str | os.PathLike[str], advice: str = "Choose another fol
 
 
 def _try_to_write(folder: Path, path: str | os.PathLike[str], advice: str) -> None:
-    """Make a file without a name: permissions alone do not tell of a file system that is read-only, or none to write."""
+    """Make a file without a name: permissions do not tell of a file system that is read-only."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

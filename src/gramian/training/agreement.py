@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gramian import placement
 from gramian.batch import mapped, tensors
 from gramian.calls import wrappings
-from gramian.errors import GramianError, TaskError, UnsupportedError
+from gramian.errors import GramianError, TaskError, UnsupportedError, plain
 from gramian.objective import Objective
 from gramian.placement.ranks import carrier, error_of_rank, raise_together
 from gramian.recording import evaluating
@@ -31,6 +31,7 @@ __all__ = [
     "Failure",
     "add_gradients",
     "check_batch",
+    "check_identity",
     "check_length",
     "check_model",
     "check_rows",
@@ -110,6 +111,20 @@ def check_model(model: nn.Module) -> None:
             f"train: the task's model is a wrapped or sharded {type(model).__name__}; expected the plain module, whose "
             "gradients train adds up itself. For FSDP2 give the plain module, and shard=True (--shard)"
         )
+
+
+def check_identity(identity: dict[str, str]) -> None:
+    """Raise where the ranks were given other settings, or made other models, and would wait for each other in vain."""
+    if not placement.is_distributed():
+        return
+    zeroth, *others = placement.exchange_json(identity)
+    for rank, other in enumerate(others, 1):
+        for name in (*zeroth, *other):
+            one, two = (plain(each.get(name, "the default"), 200) for each in (zeroth, other))
+            if one != two:
+                raise _alike(
+                    TaskError(f"train: {name} is {one} on rank 0, and {two} on rank {rank}. Give all the same")
+                )
 
 
 def same_weights_(model: nn.Module) -> None:

@@ -199,6 +199,7 @@ def train(
         model = _model_of(task)
         run = Run(model, out=None if out is None else Path(out), optimizer=choice.name)
         identity = identity_of(task, model, choice, init, seed, budget) | options.identity()
+        agreement.check_identity(identity)
         folder = saved = None
         if place is not None:
             folder = _opened(stack, place, identity, run, resume=resume)
