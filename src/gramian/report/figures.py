@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .document import Depth, Document, Drawing, HeatMap, Picture, Role
+from .document import Depth, Document, Drawing, HeatMap, Picture, Role, Section, Series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +25,16 @@ def figures_of(document: Document) -> dict[str, Figure]:
             name, number = f"{drawing.title} ({number})", number + 1
         found[name] = _figure(drawing)
     return found
+
+
+def figures_by_layer(title: str, verdict: str, names: Sequence[str], **drawn: Sequence[float]) -> dict[str, Figure]:
+    """Return a figure with a bar for each layer for each keyword, whose underscores are spaces in its title."""
+    places = range(len(names))
+    pictures = [
+        Picture(name.replace("_", " "), [Series("", places, values, style="bars")], "layer", x_names=names)
+        for name, values in drawn.items()
+    ]
+    return figures_of(Document(title, verdict, sections=[Section("By layer", items=pictures)]))
 
 
 def _drawings(document: Document) -> Iterator[Drawing]:
@@ -83,8 +93,9 @@ def _draw_heat_map(figure: Figure, ax: Any, heat_map: HeatMap) -> None:
 def _draw_depth(axes: Sequence[Any], depth: Depth) -> None:
     for ax, lane in zip(axes, depth.lanes, strict=True):
         for label, role, values in lane.series:
-            known = [math.nan if value is None else value for value in values]
-            ax.plot(range(len(known)), known, ".-", label=label, color=_COLORS.get(role))
+            places = [place for place, value in enumerate(values) if value is not None]
+            known = [value for value in values if value is not None]
+            ax.plot(places, known, ".-", label=label, color=_COLORS.get(role))
         if lane.reference is not None:
             ax.axhline(lane.reference, color="0.4", linestyle="--")
         for place in depth.culprits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from gramian.report import Document, Picture, Report, Section, Series, Table, Ti
 from gramian.report.formatting import number
 from gramian.training.task import Run, Task, calling
 
-__all__ = ["check", "comparison", "diagnose", "document", "receded", "trouble", "untuned"]
+__all__ = ["check", "comparison", "curves", "diagnose", "document", "receded", "trouble", "untuned"]
 
 NUM_BATCHES = 4
 
@@ -68,19 +69,23 @@ def trouble(run: Run) -> str:
     return ""
 
 
-LOWER = ("loss", "error", "perplexity")
-"""Parts of names of numbers that should fall; of others, the way that they went says it."""
+LOWER = {"loss", "error", "perplexity", "mse", "rmse", "mae", "nll", "bpc", "wer", "cer", "fid"}
+"""Words in the names of numbers that should fall."""
+
+HIGHER = {"accuracy", "acc", "score", "f1", "auc", "r2", "precision", "recall", "bleu", "iou", "map", "psnr", "reward"}
+"""Words in the names of numbers that should rise. Of any other number nobody knows which is its best."""
 
 GIVEN_BACK = 0.1
 """The share of what a number gained that it may lose again before it is told."""
 
 
 def best_of(run: Run, name: str) -> dict[str, float] | None:
-    """Return the evaluation at which a number was best, the first of equals; `None` where it never was a number."""
+    """Return the evaluation at which a number was best, the first of equals; `None` where that is not known."""
     rows = [row for row in run.history if math.isfinite(row.get(name, math.nan))]
-    if not rows:
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    falls, rises = bool(words & LOWER), bool(words & HIGHER)
+    if not rows or falls == rises:
         return None
-    falls = any(word in name.lower() for word in LOWER) or rows[-1][name] < rows[0][name]
     return (min if falls else max)(rows, key=lambda row: row[name])
 
 
@@ -122,7 +127,7 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
         columns = ["step", "severity", "title", "where", "cause", "remedy"]
         rows = [[row[name] for name in columns] for row in run.findings]
         sections.append(Section("Found while training", items=[Table("", columns, rows)]))
-    sections.append(Section("Curves", items=_in_pairs(_curves({"": run}))))
+    sections.append(Section("Curves", items=_in_pairs(curves({"": run}))))
     if task.pictures is not None:
         with calling(task, "pictures(model)"), evaluating(run.model), torch.no_grad():
             sections.append(Section("What the model does", items=[tuple(task.pictures(run.model))]))
@@ -164,7 +169,7 @@ def comparison(runs: Mapping[str, Run], task: Task) -> Document:
         or f"{len(runs)} runs from the same weights, on the same batches.{lowest} {untuned(runs)}".strip(),
         "warning" if wrong else "good",
         sections=[
-            Section("Curves", items=_in_pairs(_curves(runs))),
+            Section("Curves", items=_in_pairs(curves(runs))),
             Section("Last evaluations", items=[Table("", columns, rows)]),
         ],
     )
@@ -181,8 +186,8 @@ def untuned(runs: Mapping[str, Run]) -> str:
     return f"{whose} not tuned; at tuned ones the order may be another (--lr auto, lr='auto')."
 
 
-def _curves(runs: Mapping[str, Run]) -> list[Picture]:
-    """A picture of each number that the evaluations measured."""
+def curves(runs: Mapping[str, Run]) -> list[Picture]:
+    """Return a picture of each number that the evaluations measured, with a curve for each run."""
     names = list(dict.fromkeys(name for run in runs.values() for row in run.history for name in row))
     pictures = []
     for name in names:
