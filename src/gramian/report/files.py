@@ -46,12 +46,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_target(path: str | os.PathLike[str], suffixes: tuple[str, ...] = (".html", ".json")) -> None:
+def check_target(
+    path: str | os.PathLike[str],
+    suffixes: tuple[str, ...] = (".html", ".json"),
+    made: str | os.PathLike[str] | None = None,
+) -> None:
     """Check that a report can be written to a path, so that a long computation does not fail at its end.
 
     Args:
         path: the file that is to be written later.
         suffixes: the accepted endings of its name.
+        made: a folder that is made before it is written, and those around it.
     Raises:
         InputError: another suffix, or a folder that is missing or cannot be written to.
     Cost: a few system calls; a file without a name is made and removed.
@@ -64,6 +69,10 @@ def check_target(path: str | os.PathLike[str], suffixes: tuple[str, ...] = (".ht
     if Path(path).suffix.lower() not in suffixes:
         wanted = " or ".join(suffixes)
         raise InputError(f"cannot write {os.fspath(path)}: expected a name that ends in {wanted}. Rename the file.")
+    if made is not None:
+        folder, later = Path(os.path.realpath(path)).parent, Path(os.path.realpath(made))
+        if folder in (later, *later.parents) and not folder.exists():
+            return
     _try_to_write(_target(path).parent, path, "Choose another folder.")
 
 

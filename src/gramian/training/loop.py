@@ -181,7 +181,7 @@ def train(
         check_path(path)
     for name, function in (("progress", progress), ("on_step", on_step)):
         check(name, function, lambda f: f is None or callable(f), "a function")
-    page.check(report)
+    page.check(report, out)
     objective = as_objective(task.objective)
     if resume and out is None:
         raise InputError("train: resume needs out=, the folder of the run to resume")
