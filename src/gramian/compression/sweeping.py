@@ -49,6 +49,8 @@ class Item:
     Args:
         name: in the spool.
         batch: as it came.
+        back: whether gradients come back for it.
+        draws: of an item that only corrects: how often labels are drawn for it; each draw gives one gradient.
 
     Attributes:
         calls: what each block is called with, with places for tensors.
@@ -58,6 +60,8 @@ class Item:
 
     name: str
     batch: Any
+    back: bool = True
+    draws: int | None = None
     calls: list[Any] = field(default_factory=list)
     units: float = 0.0
     loss: float = 0.0
@@ -71,6 +75,7 @@ class _Call:
     given: tuple[tuple, dict]
     hidden: Tensor
     gradients: Tensor
+    turn: int = 0
 
 
 class Sweep:
@@ -91,20 +96,39 @@ class Sweep:
 
     def __init__(self, shards: Shards, spool: Spool, objective: Objective) -> None:
         self.shards, self.spool, self.objective = shards, spool, objective
+        self.once = objective  # of items that have a number of draws themselves
         self.in_tuple = False  # whether a block's output is the first of a tuple
+
+    def probe(self, batch: Any) -> tuple[int, Tensor]:
+        """How many bytes a pass of the batch through the first block keeps for its backward pass, and what enters it."""
+        item, first = Item("probe", batch), self.shards.blocks[0]
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with self.shards.loaded(first) as alone, evaluating(alone):
+            with self.shards.loaded(OUTSIDE) as model, evaluating(model):
+                self._enter(model, item, probe=True)
+            own = {p.untyped_storage().data_ptr() for p in alone.parameters()}
+            call = self._given(item, 0)
+            hidden = self.hidden(item, 0).requires_grad_(True)
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                self._run(self.shards.block(first), call, hidden)
+        for name in ("given", "0"):
+            self.spool.drop(f"{item.name}.{name}")
+        return sum(size for place, size in kept.items() if place not in own), hidden
 
     @torch.no_grad()
     def forward(self, items: Sequence[Item]) -> Iterator[str]:
         """Runs all items up to what follows the last block; yields the name of each part that is done."""
-        first, *others = self.shards.blocks
-        with self.shards.loaded(first) as alone, evaluating(alone):
-            with self.shards.loaded(OUTSIDE) as model, evaluating(model):
-                for item in items:
-                    self._enter(model, item, probe=item is items[0])
-            yield OUTSIDE
-            self._advance(0, items)
-        yield first
-        for index, name in enumerate(others, 1):
+        with self.shards.loaded(OUTSIDE) as model, evaluating(model):
+            for item in items:
+                self._enter(model, item)
+        yield OUTSIDE
+        for index, name in enumerate(self.shards.blocks):
             with self.shards.loaded(name) as alone, evaluating(alone):
                 self._advance(index, items)
             yield name
@@ -113,61 +137,109 @@ class Sweep:
         """The loss of each item, and with a generator the gradients that its losses have at the last block's output."""
         with self.shards.loaded(OUTSIDE) as model, evaluating(model):
             for item in items:
-                leaf = self.hidden(item, len(self.shards.blocks)).requires_grad_(generator is not None)
-                with torch.set_grad_enabled(generator is not None):
+                back = generator is not None and item.back
+                leaf = self.hidden(item, len(self.shards.blocks)).requires_grad_(back)
+                with torch.set_grad_enabled(back):
                     output, _ = self._through(model, item, leaf)
-                    loss, units = self.objective.checked(self.objective.criterion(output, item.batch))
+                    result = self.objective.criterion(output, item.batch)
+                    loss, units = self.objective.checked(result, empty=item.draws is not None)
                     item.loss, item.units = float(loss.detach()), float(units)
-                    if generator is None:
-                        continue
-                    losses = list(self.objective.losses(output, item.batch, self.objective.fisher, generator))
-                grads = [
-                    torch.autograd.grad(one, leaf, retain_graph=i + 1 < len(losses))[0] if one.requires_grad else None
-                    for i, one in enumerate(losses)
-                ]
-                self.spool.put(
-                    f"{item.name}.back",
-                    {"gradients": torch.stack([torch.zeros_like(leaf) if g is None else g for g in grads])},
-                )
+                    losses = self._losses(item, output, generator) if back and item.units else []
+                grads = [torch.zeros_like(leaf)] if back and not losses else []
+                for i, one in enumerate(losses):
+                    on = one.requires_grad
+                    grads.append(_gradient(one, leaf, last=i + 1 == len(losses)) if on else torch.zeros_like(leaf))
+                if back:
+                    self.spool.put(f"{item.name}.back", {"gradients": torch.stack(grads)})
 
-    def backward(self, items: Sequence[Item], seed: int) -> Iterator[tuple[str, nn.Module, Statistics]]:
+    def backward(
+        self, items: Sequence[Item], extra: Sequence[Item], seed: int
+    ) -> Iterator[tuple[str, nn.Module, Statistics]]:
         """The statistics of each part, from the last block to what is outside, while the part is in memory.
 
         Args:
             items: after `forward` and `outputs`.
+            extra: more such items, which add nothing to the statistics, for `calls`.
             seed: of the generator that `outputs` had.
         """
-        for index in reversed(range(len(self.shards.blocks))):
-            name = self.shards.blocks[index]
-            with self.shards.loaded(name) as alone:
-                objective = Objective(
-                    predict=lambda model, call, name=name: self._run(self.shards.block(name), call.given, call.hidden),
-                    criterion=lambda output, call: ((output * call.gradients[0]).sum(), call.item.units),
-                    fisher="sampled",
-                    sampled=lambda output, call, generator: ((output * g).sum() for g in call.gradients),
-                    rows=lambda call: self.objective.mask(call.item.batch),
-                )
+        last = len(self.shards.blocks)
+        for index in (*reversed(range(last)), last):
+            name = OUTSIDE if index == last else self.shards.blocks[index]
+            with self.shards.loaded(name) as part:
+                flags = iter([item.back for item in items])
+                options: dict[str, Any] = {"differentiates": lambda stats, flags=flags: next(flags)}
+                options["generator"] = torch.Generator().manual_seed(seed)
+                options["onward"] = self._onward if index < last else None
                 calls = (self._call(item, index) for item in items)
-                yield name, alone, self._told(captured(alone, calls, objective, onward=self._onward), items)
-            for item in items:
+                yield name, part, self._told(captured(part, calls, self.objective_of(index), **options), items)
+                for item in extra if index < last else ():
+                    self._carry(part, item, index)
+            for item in (*items, *extra):
                 self.spool.drop(f"{item.name}.{index}")
-        with self.shards.loaded(OUTSIDE) as model:
-            drawn = torch.Generator().manual_seed(seed)
-            objective = Objective(
-                predict=lambda model, call: self._through(model, call.item, call.hidden),
-                criterion=lambda output, call: self.objective.criterion(output[0], call.item.batch),
-                fisher="sampled",
-                sampled=self._outside,
-                rows=lambda call: self.objective.mask(call.item.batch),
-            )
-            calls = (self._call(item, len(self.shards.blocks)) for item in items)
-            yield OUTSIDE, model, self._told(captured(model, calls, objective, generator=drawn), items)
+
+    def calls(self, items: Sequence[Item], part: str) -> Iterator[_Call]:
+        """Items with draws as calls of a part, one in memory at a time, for `objective_of(part, by_turn=True)`."""
+        index = len(self.shards.blocks) if part == OUTSIDE else self.shards.blocks.index(part)
+        return (self._call(item, index) for item in items)
+
+    def objective_of(self, part: int | str, *, by_turn: bool = False) -> Objective:
+        """The objective of calls of a part: the gradients that come back, times the output.
+
+        Args:
+            part: the name of a part or the index of a block, or the number of blocks for `OUTSIDE`.
+            by_turn: whether the next of a call's gradients is used at each time, and not all at once.
+        """
+        own, shards = self.objective, self.shards
+        outside = part in (OUTSIDE, len(shards.blocks))
+        block = None if outside else shards.block(part if isinstance(part, str) else shards.blocks[part])
+
+        def predict(model: nn.Module, call: _Call) -> Any:
+            if block is None:
+                return self._through(model, call.item, call.hidden)
+            return self._run(block, call.given, call.hidden)
+
+        def criterion(output: Any, call: _Call) -> tuple[Tensor, Any]:
+            if block is None:
+                return own.criterion(output[0], call.item.batch)
+            return output.sum() * 0, call.item.units  # the loss is known; NaN in the output is seen
+
+        def sampled(output: Any, call: _Call, generator: torch.Generator) -> Iterator[Tensor]:
+            gradients = call.gradients
+            if by_turn:
+                gradients, call.turn = gradients[call.turn, None], call.turn + 1
+            back, losses = (output, iter([0.0] * len(gradients))) if block is not None else (output[1], iter(()))
+            if block is None:
+                how = (self.once, "sampled") if by_turn else (own, own.fisher)
+                found = list(how[0].losses(output[0], call.item.batch, how[1], generator))
+                losses = iter([torch.stack(found).sum()] if by_turn else found)
+            for gradient, loss in zip(gradients, losses, strict=True):
+                yield loss + (back * gradient).sum()
+
+        return Objective(predict, criterion, "sampled", sampled, rows=lambda call: own.mask(call.item.batch))
+
+    def _losses(self, item: Item, output: Any, generator: torch.Generator | None) -> list[Tensor]:
+        assert generator is not None
+        if item.draws is None:
+            return list(self.objective.losses(output, item.batch, self.objective.fisher, generator))
+        each = (self.once.losses(output, item.batch, "sampled", generator) for _ in range(item.draws))
+        return [torch.stack(list(losses)).sum() for losses in each]
+
+    def _carry(self, part: nn.Module, item: Item, index: int) -> None:
+        """Hands the gradients of an item that adds nothing to statistics on to the block before."""
+        call = self._call(item, index)
+        block = self.shards.block(self.shards.blocks[index])
+        with evaluating(part), torch.enable_grad():
+            output, num = self._run(block, call.given, call.hidden), len(call.gradients)
+            grads = [
+                _gradient((output * g).sum(), call.hidden, last=i + 1 == num) for i, g in enumerate(call.gradients)
+            ]
+        self.spool.put(f"{item.name}.back", {"gradients": torch.stack(grads)})
 
     def hidden(self, item: Item, index: int) -> Tensor:
         """The hidden states that enter a block, or leave the last one."""
         return self.spool.get(f"{item.name}.{index}")["hidden"]
 
-    def _enter(self, model: nn.Module, item: Item, *, probe: bool) -> None:
+    def _enter(self, model: nn.Module, item: Item, *, probe: bool = False) -> None:
         """Runs what is before the blocks, and notes what each is called with."""
         given: dict[str, Tensor] = {}
         places: dict[int, _Place] = {}
@@ -224,8 +296,7 @@ class Sweep:
         """Runs one block for all items."""
         block = self.shards.block(self.shards.blocks[index])
         for item in items:
-            given = mapped(item.calls[index], lambda t: t, _filled(self.spool.get(f"{item.name}.given")))
-            output = self._run(block, given, self.hidden(item, index))
+            output = self._run(block, self._given(item, index), self.hidden(item, index))
             self.spool.put(f"{item.name}.{index + 1}", {"hidden": output})
 
     def _run(self, block: nn.Module, given: tuple[tuple, dict], hidden: Tensor) -> Tensor:
@@ -246,24 +317,34 @@ class Sweep:
         self.shards.run = pass_on
         return self.objective.predict(model, item.batch), entered[0]
 
-    def _outside(self, output: tuple[Any, Tensor], call: _Call, generator: torch.Generator) -> Iterator[Tensor]:
-        """Each loss as drawn before, with what came back to the first block's input."""
-        losses = self.objective.losses(output[0], call.item.batch, self.objective.fisher, generator)
-        for loss, gradient in zip(losses, call.gradients, strict=True):
-            yield loss + (output[1] * gradient).sum()
-
     def _call(self, item: Item, index: int) -> _Call:
         inside = index < len(self.shards.blocks)
-        given = self.spool.get(f"{item.name}.given") if inside else {}
-        call = mapped(item.calls[index], lambda t: t, _filled(given)) if inside else ((), {})
-        hidden = self.hidden(item, index).requires_grad_(inside)
-        return _Call(item, call, hidden, self.spool.get(f"{item.name}.back")["gradients"])
+        call = self._given(item, index) if inside else ((), {})
+        hidden = self.hidden(item, index).requires_grad_(inside and item.back)
+        gradients = self.spool.get(f"{item.name}.back")["gradients"] if item.back else torch.empty(0)
+        return _Call(item, call, hidden, gradients)
+
+    def _given(self, item: Item, index: int) -> tuple[tuple, dict]:
+        """What a block is called with, the hidden states' place still empty."""
+        given = self.spool.get(f"{item.name}.given")
+
+        def fill(value: Any) -> Any:
+            return given[value.name] if isinstance(value, _Place) and value is not HIDDEN else value
+
+        return mapped(item.calls[index], lambda t: t, fill)
 
     def _onward(self, call: _Call, gradients: list[Tensor]) -> None:
         self.spool.put(f"{call.item.name}.back", {"gradients": gradients[0]})
 
     def _told(self, stats: Statistics, items: Sequence[Item]) -> Statistics:
-        return replace(stats, fisher=self.objective.fisher, loss=sum(i.loss for i in items) / sum(i.units for i in items))
+        back = [item for item in items if item.back]
+        loss = sum(item.loss for item in back) / sum(item.units for item in back)
+        return replace(stats, fisher=self.objective.fisher, loss=loss)
+
+
+def _gradient(loss: Tensor, leaf: Tensor, *, last: bool) -> Tensor:
+    (found,) = torch.autograd.grad(loss, leaf, retain_graph=not last, allow_unused=True)
+    return torch.zeros_like(leaf) if found is None else found
 
 
 def _hidden_of(args: tuple, kwargs: dict) -> Tensor:
@@ -275,6 +356,3 @@ def _hidden_of(args: tuple, kwargs: dict) -> Tensor:
         )
     return found
 
-
-def _filled(given: dict[str, Tensor]) -> Any:
-    return lambda value: given[value.name] if isinstance(value, _Place) and value is not HIDDEN else value
