@@ -35,8 +35,8 @@ def save_compressed(model: nn.Module | Plan, path: str | Path) -> None:
     `import gramian.integrations.compressed`, and raises without.
 
     Args:
-        model: from `Plan.apply()`, trained further or not; or the plan itself of a model in shards, which is written part
-            by part.
+        model: from `Plan.apply()`, trained further or not; or the plan itself of a model in shards, which is written
+            part by part.
         path: the file to write or replace, or the folder.
 
     Raises:

@@ -22,6 +22,8 @@ __all__ = ["Holding", "as_bytes", "holding", "shown"]
 
 SLACK = 1.1
 """What the allocator holds beside what is asked of it."""
+LOADED = 200_000_000
+"""Code and buffers of libraries that come into memory while they are first used."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -33,6 +35,7 @@ class Holding:
         part: its name.
         weights: its tensors.
         moments: A and G of its layers.
+        update: what adding rows to one of these takes.
         sample: for each sample of a batch, what a pass with its backward pass keeps.
         factoring: the most that decompositions have beside the weights: moments, work space and factors.
         hidden: for each sample, what waits on the disk at each block.
@@ -41,14 +44,15 @@ class Holding:
     part: str
     weights: int
     moments: int
+    update: int
     sample: int
     factoring: int
     hidden: int
 
     def at(self, samples: int) -> int:
         """The most that is held with batches of so many samples."""
-        passing = self.moments + samples * self.sample
-        return int(SLACK * (self.weights + max(passing, self.factoring + samples * self.sample)))
+        passing = self.moments + self.update + samples * self.sample
+        return int(SLACK * (self.weights + max(passing, self.factoring + samples * self.sample))) + LOADED
 
 
 def holding(shards: Shards, found: Sequence[Target], graph: int, tokens: int, width: int) -> list[Holding]:
@@ -68,13 +72,12 @@ def holding(shards: Shards, found: Sequence[Target], graph: int, tokens: int, wi
         moments = [_moment(m) + _moment(n) for m, n in sides]
         factors = [4 * (m + n) * min(m, n) for m, n in sides]
         work = [_work(m, n) for m, n in sides]
-        most = max(
-            (sum(moments[i:]) + work[i] + sum(factors[:i]) for i in range(len(sides))), default=0
-        )
+        most = max((sum(moments[i:]) + work[i] + sum(factors[:i]) for i in range(len(sides))), default=0)
+        update = 2 * max((_moment(side) for pair in sides for side in pair), default=0)
         # Scores of a head in the dtype of the criterion, their logarithms, probabilities and gradients.
-        scores = 6 * 4 * tokens * max((m for m, _ in sides), default=0)
+        scores = 6 * 4 * tokens * max((len(p) for p in shards.parameters(OUTSIDE) if p.ndim > 1), default=0)
         sample = (scores if part == OUTSIDE else graph) + 3 * width
-        rows.append(Holding(part, shards.bytes(part), sum(moments), sample, most, width))
+        rows.append(Holding(part, shards.bytes(part), sum(moments), update, sample, most, width))
     return rows
 
 
@@ -161,14 +164,16 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"compress: {folder} has {shown(free)} free, and what waits there takes {shown(needed)}. Give another folder "
-            "as scratch, or fewer batches"
+            f"compress: {folder} has {shown(free)} free, and what waits there takes {shown(needed)}. Give another "
+            "folder as scratch, or fewer batches"
         )
 
 
 def told(parts: Sequence[Holding], base: int, samples: int) -> Rows:
     """One row for each kind of part: what it holds."""
-    kinds = {part.part if part.part == OUTSIDE else "a block": part for part in sorted(parts, key=lambda p: p.at(samples))}
+    kinds = {
+        part.part if part.part == OUTSIDE else "a block": part for part in sorted(parts, key=lambda p: p.at(samples))
+    }
     return Rows(
         {
             "part": name or "outside of the blocks",

@@ -129,11 +129,11 @@ def compress(
         from gramian.compression.streaming import compress_shards
 
         if stats is not None or batches is None or objective is None:
-            raise InputError("compress: a folder needs batches and an objective: compress('folder', batches, objective)")
+            raise InputError(
+                "compress: a folder needs batches and an objective: compress('folder', batches, objective)"
+            )
         options = {"held_out": held_out, "keep": keep, "of": of, "include": include, "exclude": exclude}
-        return compress_shards(
-            model, batches, objective, **options, memory=memory, scratch=scratch, progress=progress
-        )
+        return compress_shards(model, batches, objective, **options, memory=memory, scratch=scratch, progress=progress)
     plain = unwrapped(model)
     low = factored(plain) if stats is None else {}  # statistics of a factored model are of its factors
     dense = plain

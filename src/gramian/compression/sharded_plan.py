@@ -83,8 +83,8 @@ class ShardedPlan(Plan):
             InputError: always, with what to write.
         """
         raise InputError(
-            "compress: the model is in shards, and may not fit into memory. Write gm.save_compressed(plan, folder), and "
-            "load that with from_pretrained"
+            "compress: the model is in shards, and may not fit into memory. Write gm.save_compressed(plan, folder), "
+            "and load that with from_pretrained"
         )
 
     def write(self, folder: Path, progress: Callable[[str], None] | None = None) -> None:

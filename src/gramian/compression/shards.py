@@ -117,8 +117,11 @@ class Shards:
 
     def bytes(self, part: str) -> int:
         """Of a part's tensors, once they are loaded."""
-        own = {id(p): p for n, p in self.model.named_parameters() if self.part_of(clean_name(n)) == part}
-        return sum(p.numel() * p.element_size() for p in own.values())
+        return sum(p.numel() * p.element_size() for p in self.parameters(part))
+
+    def parameters(self, part: str) -> list[nn.Parameter]:
+        """A part's parameters, without values."""
+        return [p for name, p in self.model.named_parameters() if self.part_of(clean_name(name)) == part]
 
     def _load(self, name: str, like: nn.Parameter) -> Tensor:
         tensor = self.checkpoint.load(self._stored[name])
@@ -190,10 +193,21 @@ def skeleton(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
         bare = parameter is None or parameter.is_meta
         register(module, name, parameter if bare else nn.Parameter(parameter.to("meta"), parameter.requires_grad))  # type: ignore[union-attr]
 
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else vars(stored)
+    if stored and stored.get("quant_method") != "gramian":
+        raise UnsupportedError(
+            f"compress: {folder} is quantized ({stored.get('quant_method')}). Give the model as it was"
+        )
     try:
         nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
         torch.set_default_dtype(told)
-        return cls(config).eval()
+        model = cls(config).eval()
+        if stored:
+            from gramian.compression.pretrained import put_ranks_
+
+            put_ranks_(model, stored["ranks"])
+        return model
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
         torch.set_default_dtype(usual)

@@ -41,7 +41,9 @@ class Spool:
         try:
             self.folder = Path(tempfile.mkdtemp(prefix="gramian-", dir=parent))
         except OSError as error:
-            raise CheckpointError(f"{parent}: no folder can be made there ({first_line(error)}). Give another") from None
+            raise CheckpointError(
+                f"{parent}: no folder can be made there ({first_line(error)}). Give another"
+            ) from None
         self._end = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:

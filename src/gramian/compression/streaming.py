@@ -27,7 +27,7 @@ from gramian.compression.calibrating import (
     redrawn,
 )
 from gramian.compression.correcting import corrected_by, parts_of
-from gramian.compression.holding import as_bytes, check_disk, fitting, holding, resident, shown, told
+from gramian.compression.holding import Holding, as_bytes, check_disk, fitting, holding, resident, shown, told
 from gramian.compression.mixing import Form
 from gramian.compression.modules import module_name, submodule
 from gramian.compression.planning import by_default, judged, nothing
@@ -41,13 +41,13 @@ from gramian.compression.weighted import WeightedSVD, decompose
 from gramian.compression.weighting import Uncaptured, weighting
 from gramian.errors import GramianWarning
 from gramian.layers import operation_of
-from gramian.loader import Batches, no_batches
+from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.recording.recorder import MAX_DIM
 from gramian.rows import Rows
 from gramian.statistics import Statistics
 
-__all__ = ["compress_shards"]
+__all__ = ["compress_shards", "loss_of"]
 
 GRAPHS = 3
 """What a pass keeps, with attention written out and its rows in float32, over what the block alone keeps."""
@@ -99,7 +99,15 @@ def compress_shards(
         raise no_batches(batches, "compress")
     held, distinct, samples = reader.shared(given[0])
     calibration = Calibration(Statistics(), distinct, samples, objective=objective)
-    run = _Run(shards, found, reader, Sweep(shards, Spool(scratch), objective), calibration, tell or (lambda *_: None), progress or (lambda _: None))
+    run = _Run(
+        shards,
+        found,
+        reader,
+        Sweep(shards, Spool(scratch), objective),
+        calibration,
+        tell or (lambda *_: None),
+        progress or (lambda _: None),
+    )
     run.prepare(given, [batch for _, batch in held], limit)
     run.calibrate()
     spectra, uncaptured = run.decompose()
@@ -114,6 +122,46 @@ def compress_shards(
     made = by_default(plan) if keep is None else plan.at(keep=keep)
     assert isinstance(made, ShardedPlan)
     return made
+
+
+def loss_of(
+    folder: str | Path,
+    batches: Batches,
+    objective: Objective,
+    *,
+    memory: int | float | str | None = None,
+    scratch: str | Path | None = None,
+) -> float:
+    """The mean loss of a model in a folder, dense or factored, of which one part at a time is in memory.
+
+    Args:
+        folder, memory, scratch: as in `compress_shards`.
+        batches: to evaluate.
+        objective: whose loss it is.
+
+    Raises: as `compress_shards`.
+    Cost: each part is loaded once, and what is outside of the blocks twice; a forward pass.
+    """
+    shards, given = Shards(folder), list(as_batches(batches, "compress"))
+    sweep = Sweep(shards, Spool(scratch), objective)
+    _, _, most = _measured(sweep, [], given, None if memory is None else as_bytes(memory))
+    items = [Item(f"{i}", batch) for i, batch in enumerate(chain.from_iterable(_cut(b, most) for b in given))]
+    for _ in sweep.forward(items, keep=False):
+        pass
+    sweep.outputs(items, None)
+    return sum(item.loss for item in items) / sum(item.units for item in items)
+
+
+def _measured(
+    sweep: Sweep, found: Sequence[Target], given: Sequence[Any], limit: int | None
+) -> tuple[list[Holding], int, int]:
+    """What each part holds, what the process has before, and how many samples fit at once."""
+    largest = max(map(cuttable, given))
+    graph, hidden = sweep.probe(first_samples(given[0], 1) if largest else given[0])
+    width = hidden.numel() * hidden.element_size()
+    parts = holding(sweep.shards, found, GRAPHS * graph, hidden.shape[:-1].numel(), width)
+    base = resident()
+    return parts, base, fitting(parts, base, limit, max(1, largest))
 
 
 @dataclass
@@ -139,12 +187,7 @@ class _Run:
 
     def prepare(self, given: Sequence[Any], held: Sequence[Any], limit: int | None) -> None:
         """Says what will be held, and cuts the batches to what fits."""
-        largest = max(map(cuttable, given))
-        one = first_samples(given[0], 1) if largest else given[0]
-        graph, hidden = self.sweep.probe(one)
-        base, width = resident(), hidden.numel() * hidden.element_size()
-        parts = holding(self.shards, self.found, GRAPHS * graph, hidden.shape[:-1].numel(), width)
-        most = fitting(parts, base, limit, max(1, largest))
+        parts, base, most = _measured(self.sweep, self.found, given, limit)
         self.told = told(parts, base, most)
         self.items = [Item(f"{i}", batch) for i, batch in enumerate(chain.from_iterable(_cut(b, most) for b in given))]
         self.first = len(list(_cut(given[0], most)))
@@ -156,7 +199,9 @@ class _Run:
                 self.parts = [(Item(f"p{i}", b, draws=num), num) for i, (b, num) in enumerate(parts_of(held))]
         everything = [*self.items, *(item for item, _ in (*self.samples, *self.parts))]
         num = sum(max(1, cuttable(item.batch)) for item in everything)
-        disk = num * width * (len(self.shards.blocks) + 1 + MOST_DRAWS) + sum(map(self.shards.bytes, self.shards.blocks))
+        disk = num * parts[0].hidden * (len(self.shards.blocks) + 1 + MOST_DRAWS) + sum(
+            map(self.shards.bytes, self.shards.blocks)
+        )
         check_disk(self.sweep.spool.folder, disk)
         peak = base + max(part.at(most) for part in parts)
         remark = f"{len(self.items)} batches of at most {most}, peak {shown(peak)} of memory, {shown(disk)} of disk"

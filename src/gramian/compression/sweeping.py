@@ -8,6 +8,7 @@ second moments are those of one pass through the whole.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,7 +101,7 @@ class Sweep:
         self.in_tuple = False  # whether a block's output is the first of a tuple
 
     def probe(self, batch: Any) -> tuple[int, Tensor]:
-        """How many bytes a pass of the batch through the first block keeps for its backward pass, and what enters it."""
+        """How many bytes a pass of a batch through the first block keeps for its backward pass, and what enters it."""
         item, first = Item("probe", batch), self.shards.blocks[0]
         kept: dict[int, int] = {}
 
@@ -122,8 +123,13 @@ class Sweep:
         return sum(size for place, size in kept.items() if place not in own), hidden
 
     @torch.no_grad()
-    def forward(self, items: Sequence[Item]) -> Iterator[str]:
-        """Runs all items up to what follows the last block; yields the name of each part that is done."""
+    def forward(self, items: Sequence[Item], *, keep: bool = True) -> Iterator[str]:
+        """Runs all items up to what follows the last block; yields the name of each part that is done.
+
+        Args:
+            items: new ones.
+            keep: whether what enters the blocks is kept, for `backward`.
+        """
         with self.shards.loaded(OUTSIDE) as model, evaluating(model):
             for item in items:
                 self._enter(model, item)
@@ -131,6 +137,8 @@ class Sweep:
         for index, name in enumerate(self.shards.blocks):
             with self.shards.loaded(name) as alone, evaluating(alone):
                 self._advance(index, items)
+            for item in () if keep else items:
+                self.spool.drop(f"{item.name}.{index}")
             yield name
 
     def outputs(self, items: Sequence[Item], generator: torch.Generator | None) -> None:
@@ -267,15 +275,13 @@ class Sweep:
 
         self.shards.run = see
         item.batch = prepared(model, item.batch)
-        with torch.set_grad_enabled(probe):
-            try:
-                self.objective.predict(model, item.batch)
-            except _Stop:
-                pass
+        with torch.set_grad_enabled(probe), suppress(_Stop):
+            self.objective.predict(model, item.batch)
         if len(item.calls) != len(self.shards.blocks):
+            name, num = type(self.shards.model).__name__, len(self.shards.blocks)
             raise UnsupportedError(
-                f"compress: {len(item.calls)} of the {len(self.shards.blocks)} blocks of {type(self.shards.model).__name__} "
-                "ran. Load it with from_pretrained, and give the model"
+                f"compress: {len(item.calls)} of the {num} blocks of {name} ran. Load it with from_pretrained, and "
+                "give the model"
             )
         self.spool.put(f"{item.name}.given", given)
         self.spool.put(f"{item.name}.0", {"hidden": entered[0]})
@@ -355,4 +361,3 @@ def _hidden_of(args: tuple, kwargs: dict) -> Tensor:
             "model with from_pretrained, and give that"
         )
     return found
-

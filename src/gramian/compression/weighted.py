@@ -15,6 +15,7 @@ from gramian.compression.lowrank import matrix_of
 from gramian.compression.rounding import noises
 from gramian.compression.targets import Target
 from gramian.compression.weighting import Weighting
+from gramian.linalg import syrk
 
 __all__ = ["WeightedSVD", "decompose"]
 
@@ -119,11 +120,11 @@ def decompose(target: Target, weighting: Weighting, *, rounds: bool = True) -> W
     # is kept that has the longer side, since a head has tens of thousands of rows.
     m, n = w.shape
     if m <= n:
-        squares, u = torch.linalg.eigh(_square(g.left(a.right(w)).mT))
+        squares, u = torch.linalg.eigh(syrk(g.left(a.right(w)).mT))
         u = u.flip(1)
         left, right = g.solve_left(u), g.left(u).mT @ w
     else:
-        squares, v = torch.linalg.eigh(_square(g.left(a.right(w))))
+        squares, v = torch.linalg.eigh(syrk(g.left(a.right(w))))
         v = v.flip(1)
         left, right = w @ a.left(v), a.solve_right(v.mT)
     values = squares.flip(0).clamp_min(0).sqrt()
@@ -151,8 +152,3 @@ def decompose(target: Target, weighting: Weighting, *, rounds: bool = True) -> W
         target.tied,
         weighting.unseen,
     )
-
-
-def _square(x: Tensor) -> Tensor:
-    """`Xᵀ X`."""
-    return x.mT @ x
