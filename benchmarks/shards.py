@@ -43,11 +43,14 @@ def make(folder: Path, given: argparse.Namespace) -> int:
     config.save_pretrained(folder)
     generator, d, inner = torch.Generator().manual_seed(0), given.width, given.inner
     places: dict[str, str] = {}
+    drawn = torch.randn(2**24 + 1, generator=generator)  # weights are parts of it, over and over
 
     def weight(m: int, n: int) -> torch.Tensor:
-        scale = torch.arange(1, n + 1).float().rsqrt()  # some columns are larger, as in trained models
-        w = torch.randn(m, n, generator=generator) * scale[torch.randperm(n, generator=generator)]
-        return (w * (w.square().mean().rsqrt() * n**-0.5)).bfloat16()
+        scale = torch.arange(1, n + 1).float().rsqrt()[torch.randperm(n, generator=generator)]
+        scale = scale / scale.norm()  # some columns are larger, as in trained models
+        num = -(-m * n // len(drawn))
+        begin = int(torch.randint(len(drawn), (), generator=generator))
+        return (drawn.roll(begin).repeat(num)[: m * n].view(m, n) * scale).bfloat16()
 
     def write(file: str, tensors: dict[str, torch.Tensor]) -> int:
         save_file(tensors, folder / file, metadata={"format": "pt"})

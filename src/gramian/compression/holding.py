@@ -129,7 +129,7 @@ def as_bytes(memory: int | float | str) -> int:
     return value
 
 
-def shown(num: float) -> str:
+def shown(num: int | float) -> str:
     """Bytes in words."""
     return f"{num / 1e9:.2f} GB" if num >= 1e8 else f"{num / 1e6:.1f} MB"
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -111,11 +111,20 @@ def compress(
     >>> plan.ranks["0"] < 8, plan.parameters <= 0.6 * plan.parameters_dense
     (True, True)
     """
-    from_files = isinstance(model, (str, os.PathLike))
-    if not from_files and (memory is not None or scratch is not None):
-        raise InputError("compress: memory and scratch are for a model in a folder: compress('folder', batches, ...)")
-    if not from_files:
-        model = as_model(model, "compress")
+    if isinstance(include, str) or isinstance(exclude, str):
+        raise InputError("compress: include and exclude are lists of patterns: exclude=['lm_head']")
+    if isinstance(model, (str, os.PathLike)):
+        from gramian.compression.streaming import compress_shards  # which plans by what stands here
+
+        given = batches if stats is None else stats
+        if given is None or isinstance(given, Statistics) or objective is None:
+            raise InputError("compress: a folder needs batches and an objective: compress(folder, batches, objective)")
+        options: dict[str, Any] = {"held_out": held_out, "keep": keep, "of": of, "include": include, "exclude": exclude}
+        options |= {"memory": memory, "scratch": scratch, "progress": progress}
+        return compress_shards(model, given, objective, **options)
+    if memory is not None or scratch is not None:
+        raise InputError("compress: memory and scratch are for the folder of a model, in place of the model")
+    model = as_model(model, "compress")
     if stats is not None and not isinstance(stats, Statistics):
         if batches is not None:
             raise InputError(
@@ -123,17 +132,6 @@ def compress(
                 "compress(model, batches, objective)"
             )
         stats, batches = None, stats
-    if isinstance(include, str) or isinstance(exclude, str):
-        raise InputError("compress: include and exclude are lists of patterns: exclude=['lm_head']")
-    if from_files:
-        from gramian.compression.streaming import compress_shards
-
-        if stats is not None or batches is None or objective is None:
-            raise InputError(
-                "compress: a folder needs batches and an objective: compress('folder', batches, objective)"
-            )
-        options = {"held_out": held_out, "keep": keep, "of": of, "include": include, "exclude": exclude}
-        return compress_shards(model, batches, objective, **options, memory=memory, scratch=scratch, progress=progress)
     plain = unwrapped(model)
     low = factored(plain) if stats is None else {}  # statistics of a factored model are of its factors
     dense = plain

@@ -114,6 +114,7 @@ class ShardedPlan(Plan):
                 save_tensors(folder / file, tensors, about)
                 places |= dict.fromkeys(tensors, file)
                 total += sum(t.numel() * t.element_size() for t in tensors.values())
+            del tensors  # before the next part comes
             if progress is not None:
                 progress(part)
         config = json.loads(read_text(self.shards.folder / "config.json"))

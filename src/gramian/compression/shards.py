@@ -7,7 +7,9 @@ the files while it is loaded.
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +65,7 @@ class Shards:
     Source: this library's own.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.checkpoint: Checkpoint = open_checkpoint(self.folder, stored=True)
         floats = [e.dtype for e in self.checkpoint.entries.values() if e.kind == "float"]
@@ -114,6 +116,8 @@ class Shards:
             for i, block in enumerate(self._modules):
                 self._list[i] = block
             self.run = None
+            kept.clear()
+            gc.collect()  # graphs and frames that hold each other hold the part's tensors too
 
     def bytes(self, part: str) -> int:
         """Of a part's tensors, once they are loaded."""
@@ -215,7 +219,7 @@ def skeleton(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
 
 def _longest(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of blocks that holds most of the model's parameters."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     sizes = [sum(p.numel() for p in m.parameters()) for _, m in lists]
     if not any(sizes):
         raise UnsupportedError(

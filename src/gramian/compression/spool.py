@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -37,7 +38,7 @@ class Spool:
     (tensor([1., 1.]), True)
     """
 
-    def __init__(self, parent: str | Path | None = None) -> None:
+    def __init__(self, parent: str | os.PathLike[str] | None = None) -> None:
         try:
             self.folder = Path(tempfile.mkdtemp(prefix="gramian-", dir=parent))
         except OSError as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,7 +33,7 @@ from gramian.compression.modules import module_name, submodule
 from gramian.compression.planning import by_default, judged, nothing
 from gramian.compression.samplewise import PART, draws_of, samples_of
 from gramian.compression.sharded_plan import ShardedPlan, spooled
-from gramian.compression.shards import Shards
+from gramian.compression.shards import OUTSIDE, Shards
 from gramian.compression.spool import Spool
 from gramian.compression.sweeping import Item, Sweep
 from gramian.compression.targets import Target, targets
@@ -56,7 +56,7 @@ Tell = Callable[[str, float, str], None]
 
 
 def compress_shards(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     batches: Batches,
     objective: Objective | Callable,
     *,
@@ -66,7 +66,7 @@ def compress_shards(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     memory: int | float | str | None = None,
-    scratch: str | Path | None = None,
+    scratch: str | os.PathLike[str] | None = None,
     progress: Callable[[int], None] | None = None,
     tell: Tell | None = None,
 ) -> ShardedPlan:
@@ -125,12 +125,12 @@ def compress_shards(
 
 
 def loss_of(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     batches: Batches,
     objective: Objective,
     *,
     memory: int | float | str | None = None,
-    scratch: str | Path | None = None,
+    scratch: str | os.PathLike[str] | None = None,
 ) -> float:
     """The mean loss of a model in a folder, dense or factored, of which one part at a time is in memory.
 
@@ -199,9 +199,8 @@ class _Run:
                 self.parts = [(Item(f"p{i}", b, draws=num), num) for i, (b, num) in enumerate(parts_of(held))]
         everything = [*self.items, *(item for item, _ in (*self.samples, *self.parts))]
         num = sum(max(1, cuttable(item.batch)) for item in everything)
-        disk = num * parts[0].hidden * (len(self.shards.blocks) + 1 + MOST_DRAWS) + sum(
-            map(self.shards.bytes, self.shards.blocks)
-        )
+        weights = sum(map(self.shards.bytes, (OUTSIDE, *self.shards.blocks)))  # which their factors stay below
+        disk = num * parts[0].hidden * (len(self.shards.blocks) + 1 + MOST_DRAWS) + weights
         check_disk(self.sweep.spool.folder, disk)
         peak = base + max(part.at(most) for part in parts)
         remark = f"{len(self.items)} batches of at most {most}, peak {shown(peak)} of memory, {shown(disk)} of disk"
