@@ -89,12 +89,29 @@ def test_functions_far_from_normal_are_found_in_a_basis_of_eigenvectors(name, fi
     a = turned(31, 6, 4, torch.float64, skew=6.0)
     function, exact_of = FUNCTIONS[name]
     _, direct = function(a, method=first)
-    value, proof = function(a)
-    assert proof.converged.all()
     assert not direct.converged.all()
-    assert "diagonalized" in proof.method_names
-    for x, y, bound in zip(a[::2], value[::2], proof.error_bound[::2], strict=True):
-        assert mp_error(y, exact_of(x)) <= bound
+    _, proof = function(a)
+    assert set(proof.method_names) == {"eigenvectors"}
+    exact = [exact_of(x) for x in a[::2]]
+    for method in ("eigenvectors", "diagonalized"):
+        value, proof = function(a, method=method)
+        assert proof.converged.all()
+        for x, y, bound in zip(exact, value[::2], proof.error_bound[::2], strict=True):
+            assert mp_error(y, x) <= bound
+
+
+@pytest.mark.parametrize("name", dict(FIRST))
+def test_by_eigenvectors_no_error_is_above_its_bound(name):
+    function, exact_of = FUNCTIONS[name]
+    every = [a for kind, a in matrices(4, torch.float64, 12).items() if kind != "gallery"]
+    near = torch.stack(
+        [torch.eye(4, dtype=torch.float64) + random.normal(4, 4, generator=seeded(i)) * 10.0**-i for i in range(9)]
+    )
+    for a in (*every, near, *(near_the_axis(d) for d in (1e-3, 1e-12))):
+        value, proof = function(a, method="eigenvectors")
+        for x, y, bound in zip(a, value, proof.error_bound, strict=True):
+            if bound < math.inf:
+                assert mp_error(y, exact_of(x)) <= bound * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(("name", "none"), [("logm", -1.0), ("root", -1.0), ("sign", 0.0)])
@@ -127,15 +144,15 @@ def test_near_the_imaginary_axis_a_sign_is_right_or_refused(skew):
         v = random.with_spectrum(len(a), 4, 4, spectrum=spectrum, generator=seeded(9), dtype=torch.float64)
         a = v @ a @ torch.linalg.inv(v)
     exact = [EVERY["sign"][1](x) for x in a]
-    for method in ("auto", "newton", "diagonalized"):
+    for method in ("auto", "eigenvectors", "newton", "diagonalized"):
         value, proof = gl.sign_ex(a, method=method)
         for x, y, bound in zip(exact, value, proof.error_bound, strict=True):
             assert bound == math.inf if x is None else mp_error(y, x) <= bound * (1 + 1e-12)
         # The fourth has a condition number of 1/d².
         assert proof.converged[:3].all() or method == "newton"
-        if skew is None and method != "newton":
+        if skew is None and method in ("auto", "diagonalized"):
             assert proof.converged[4:7].all()
-            assert not proof.converged[8:].any()
+            assert not proof.converged[[8, 9, 11]].any()
 
 
 @pytest.mark.parametrize("n", [5, 24])
@@ -155,7 +172,10 @@ def test_values_are_torch_s_or_satisfy_their_equations_beyond_the_size_where_ope
     m = random.normal(2, 24, 24, generator=g, dtype=torch.float64) / 24**0.5 / 2 + 2 * eye
     if name == "sign":
         m[:, :12] *= -1
-    value, certificate = FUNCTIONS[name][0](m)
+    _, quick = FUNCTIONS[name][0](m)
+    assert quick.converged.all()
+    assert (quick.kind == 0).all()
+    value, certificate = FUNCTIONS[name][0](m, method=dict(FIRST).get(name, "auto"))
     assert certificate.converged.all()
     assert (certificate.error_bound < 1e-9).all()
     assert (certificate.kind == int(name != "expm")).all()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import gramian as gm
-from dist import LINK, absolute, with_urls
+from dist import LINK, absolute, tracked, with_urls
 
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -50,3 +50,25 @@ def test_a_release_has_its_addresses() -> None:
 def test_the_changelog_begins_with_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (\S+?),? ", changelog, re.MULTILINE)[0] == gm.__version__
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git knows which files are the project's")
+def test_only_sources_are_in_the_repository() -> None:
+    """What a run leaves behind, a model or its numbers, is none of the project's files."""
+    kinds = {
+        ".py",
+        ".md",
+        ".json",
+        ".png",
+        ".txt",
+        ".css",
+        ".yml",
+        ".yaml",
+        ".typed",
+        ".toml",
+        ".js",
+        ".in",
+        ".html",
+        "",
+    }
+    assert not [name for name in tracked() if Path(name).suffix not in kinds]

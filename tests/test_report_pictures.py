@@ -8,9 +8,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import gramian as gm
 from gramian.errors import InputError
 from gramian.report import Depth, Document, HeatMap, Lane, Picture, Section, Series
 from gramian.report.axes import make_axis, spread
@@ -174,3 +177,20 @@ def test_a_marked_places_name_fits_beside_its_place(place):
     room = 336 - float(x) if anchor == "start" else float(x)
     assert 8 * len(text) <= room
     assert text.strip(" ▼").endswith("weight and 3 more" if place in (0, 25) else "kv.weight")
+
+
+def test_runs_and_plans_have_figures():
+    run = gm.training.Run(
+        nn.Linear(2, 2), [{"step": 1, "seconds": 0.1, "loss": 1.0}, {"step": 2, "seconds": 0.2, "loss": 0.5}]
+    )
+    [curve] = run.figures().values()
+    np.testing.assert_array_equal(curve.axes[0].lines[0].get_xydata(), [[1, 1], [2, 0.5]])
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    batches = [(torch.randn(32, 4), torch.randint(3, (32,)))]
+    objective = gm.Objective.classification()
+    for plan in (gm.compress(model, batches, objective, keep=0.7), gm.narrow(model, batches, objective, keep=0.7)):
+        figure = plan.figures()["Share kept"]
+        shares = [bar.get_height() for bar in figure.axes[0].patches]
+        rows = [row for row in plan.explain() if row["kept"] is not None]
+        assert len(shares) == len(rows)
+        assert min(shares) < 1

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,11 @@ from gramian.compression.modules import copied, submodule
 from gramian.compression.predicting import Point, Predicted, predict
 from gramian.compression.weighted import WeightedSVD
 from gramian.errors import InputError, some
+from gramian.report.figures import figures_by_layer
 from gramian.rows import Rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["NarrowPlan", "Narrowed"]
 
@@ -117,6 +122,17 @@ class NarrowPlan:
         ]
         none = {"units": None, "kept": None, "from": "", "loss": 0.0}
         return Rows(rows + [{"name": name, **none, "reason": reason} for name, reason in self.reasons.items()])
+
+    def figures(self) -> dict[str, Figure]:
+        """Return pictures by layer as matplotlib's figures, by title, to change or to save (`figure.savefig`)."""
+        rows = [row for row in self.explain() if row["units"]]
+        return figures_by_layer(
+            "Plan",
+            str(self),
+            [row["name"] for row in rows],
+            Share_kept=[row["kept"] / row["units"] for row in rows],
+            Part_of_the_estimated_rise_of_the_loss=[row["loss"] for row in rows],
+        )
 
     @property
     def modules(self) -> tuple[str, ...]:

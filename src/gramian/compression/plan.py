@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -25,7 +25,11 @@ from gramian.compression.rounding import BITS, GROUP
 from gramian.compression.weighted import WeightedSVD
 from gramian.errors import InputError, some
 from gramian.misuse import known_names
+from gramian.report.figures import figures_by_layer
 from gramian.rows import Rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["SMALLEST", "Plan"]
 
@@ -118,6 +122,17 @@ class Plan:
             rows.append({**told, "loss": self._loss(s), "reason": why})
         dense = {"shape": None, "rank": None, "form": str(Form()), "kept": 1.0, "loss": 0.0}
         return Rows(rows + [{"name": name, **dense, "reason": reason} for name, reason in self.reasons.items()])
+
+    def figures(self) -> dict[str, Figure]:
+        """Return pictures by layer as matplotlib's figures, by title, to change or to save (`figure.savefig`)."""
+        rows = [row for row in self.explain() if row["shape"] is not None]
+        return figures_by_layer(
+            "Plan",
+            str(self),
+            [row["name"] for row in rows],
+            Share_kept=[row["kept"] for row in rows],
+            Part_of_the_estimated_rise_of_the_loss=[row["loss"] for row in rows],
+        )
 
     @cached_property
     def parameters_dense(self) -> int:

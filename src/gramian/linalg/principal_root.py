@@ -12,8 +12,10 @@ from torch import Tensor
 from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate
+from gramian.linalg.engine import eigenbasis
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, damped, minus, pair, plus, product
+from gramian.linalg.engine.eigenbasis import FINEST, by_eigenvectors, settled
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues
 from gramian.linalg.engine.loading import Damping
@@ -155,6 +157,14 @@ def _answer(found: Found, certify: bool) -> Answer:
     return Answer(found.value.hi, error, found.residual, reason, found.steps, found.failure)
 
 
+def _by_eigenvectors(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> Answer:
+    """By the roots of the eigenvalues."""
+    if not x[0:1].numel():
+        return _newton(x, shift=shift, rtol=rtol, certify=certify)
+    value, error, residual = by_eigenvectors(damped(x, shift), eigenbasis.SQUARE_ROOT)
+    return settled(value.hi, error + norm(value.lo), residual, certify)
+
+
 def _newton(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> Answer:
     """Of the matrix as it is."""
     return _answer(_of_pair(damped(x, shift), certify), certify)
@@ -189,6 +199,13 @@ def _exact(mp: Any, m: Any) -> Any:
 PRINCIPAL_ROOT = MatrixFunction(
     "sqrtm",
     {
+        "eigenvectors": Method(
+            _by_eigenvectors,
+            torch.float64,
+            FINEST,
+            lambda m, n: {"eig64": 1, "inverse64": 1, "float64": 20},
+            "matrices not far from normal that need not be symmetric, in float64",
+        ),
         "denman_beavers": Method(
             _newton,
             torch.float64,

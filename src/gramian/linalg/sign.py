@@ -12,8 +12,10 @@ from torch import Tensor
 from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
+from gramian.linalg.engine import eigenbasis
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plus, product, symmetric
+from gramian.linalg.engine.eigenbasis import FINEST, by_eigenvectors, settled
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.exponential import two_norm
 from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues, register
@@ -96,6 +98,14 @@ def _newton(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
     return Answer(out, error, residual, reason, len(steps.factors), 3 * s.failure)
 
 
+def _by_eigenvectors(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
+    """By the signs of the eigenvalues' real parts."""
+    if not x[0:1].numel():
+        return _newton(x, rtol=rtol, certify=certify)
+    value, error, residual = by_eigenvectors(pair(x), eigenbasis.SIGN)
+    return settled(value.hi, error + norm(value.lo), residual, certify)
+
+
 def _diagonalized(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
     """W sign(B) W⁻¹ from B = W⁻¹AW, whose sign is that of its diagonal, S, but for what B has between the two sides.
 
@@ -152,6 +162,13 @@ SIGN = register(
     MatrixFunction(
         "sign",
         {
+            "eigenvectors": Method(
+                _by_eigenvectors,
+                torch.float64,
+                FINEST,
+                lambda m, n: {"eig64": 1, "inverse64": 1, "float64": 20},
+                "matrices not far from normal, in float64",
+            ),
             "newton": Method(
                 _newton, torch.float64, 0.0, lambda m, n: {"inverse64": 20, "float64": 80}, "every matrix with a sign"
             ),
@@ -211,10 +228,11 @@ def sign(
         DtypeError: where `m` is not floating point, real or complex.
         InputError: for an unknown method, or a negative rtol.
         ConvergenceError: where a matrix has no sign, or its error bound is above rtol.
-    Cost: about 20 inverses and 80 products in float64, half of them for the bound; far from normal or near the axis an
-    eigendecomposition and some 150 products more. Accuracy: one rounding of the dtype, until an eigenvalue is within
-    1e-28‖M‖ of the imaginary axis, times the condition of the eigenvectors squared. The certificate's residual is
-    ‖XMX − M‖_F / 2‖M‖_F, of `diagonalized` in its basis; the bound of `newton` is an estimate from n = 13.
+    Cost: an eigendecomposition and some 20 products in float64; far from normal or near the axis about 20 inverses and
+    80 products more, half of them for the bound, and then up to 150 products. Accuracy: one rounding of the dtype,
+    until an eigenvalue is within 1e-28‖M‖ of the imaginary axis, times the condition of the eigenvectors squared. The
+    certificate's residual is ‖MW − WD‖_F / (‖M‖_F ‖W‖_F) of eigenvectors W, or ‖XMX − M‖_F / 2‖M‖_F, of `diagonalized`
+    in its basis; the bound of `newton` is an estimate from n = 13.
     Source: Higham, Functions of Matrices (2008), chapter 5; Stewart and Sun, Matrix Perturbation Theory (1990), §V.2.
 
     >>> sign(torch.tensor([[3.0, 1.0], [0.0, -2.0]]))

@@ -344,10 +344,11 @@ def sqrtm(
             if not `symmetric`, or where the error bound is above rtol.
     Cost: in float32 products at 1024²: an eigendecomposition, 7 in float32 or 13 in float64, and about 3; with the
     finer bound of "eigh" 25 more. Accuracy: what `rtol` asks for; 1e-7 where M is singular, as a root turns ε into √ε.
-    If not `symmetric`, about 20 inverses and 80 products in float64, by "denman_beavers", and one rounding of the dtype
-    while the root's condition number, which is κ(M)^½ or more for matrices far from normal, is below 1e8 or so.
-    The certificate's residual is ‖M − V w Vᵀ‖_F / ‖M‖_F, or ‖M − X²‖_F / ‖M‖_F by "eigh", "eigh_refined" and
-    "denman_beavers".
+    If not `symmetric`, an eigendecomposition and some 20 products in float64, or, far from normal, 20 inverses and 80
+    products more, by "denman_beavers", and one rounding of the dtype while the root's condition number, which is κ(M)^½
+    or more for matrices far from normal, is below 1e8 or so.
+    The certificate's residual is ‖M − V w Vᵀ‖_F / ‖M‖_F, or ‖MW − WD‖_F / (‖M‖_F ‖W‖_F) by "eigenvectors", or
+    ‖M − X²‖_F / ‖M‖_F by "eigh", "eigh_refined" and "denman_beavers".
     Source: Higham, Functions of Matrices (2008), chapter 6; Bhatia, Matrix Analysis (1997), theorem X.1.1; Cheng,
     Higham, Kenney, Laub, SIAM J. Matrix Anal. Appl. 22 (2001).
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .document import Depth, Document, Drawing, HeatMap, Picture, Role
+from .document import Depth, Document, Drawing, HeatMap, Picture, Role, Section, Series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +25,16 @@ def figures_of(document: Document) -> dict[str, Figure]:
             name, number = f"{drawing.title} ({number})", number + 1
         found[name] = _figure(drawing)
     return found
+
+
+def figures_by_layer(title: str, verdict: str, names: Sequence[str], **drawn: Sequence[float]) -> dict[str, Figure]:
+    """Return a figure with a bar for each layer for each keyword, whose underscores are spaces in its title."""
+    places = range(len(names))
+    pictures = [
+        Picture(name.replace("_", " "), [Series("", places, values, style="bars")], "layer", x_names=names)
+        for name, values in drawn.items()
+    ]
+    return figures_of(Document(title, verdict, sections=[Section("By layer", items=pictures)]))
 
 
 def _drawings(document: Document) -> Iterator[Drawing]:

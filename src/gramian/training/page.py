@@ -21,7 +21,7 @@ from gramian.report import Document, Picture, Report, Section, Series, Table, Ti
 from gramian.report.formatting import number
 from gramian.training.task import Run, Task, calling
 
-__all__ = ["check", "comparison", "diagnose", "document", "receded", "trouble", "untuned"]
+__all__ = ["check", "comparison", "curves", "diagnose", "document", "receded", "trouble", "untuned"]
 
 NUM_BATCHES = 4
 
@@ -122,7 +122,7 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
         columns = ["step", "severity", "title", "where", "cause", "remedy"]
         rows = [[row[name] for name in columns] for row in run.findings]
         sections.append(Section("Found while training", items=[Table("", columns, rows)]))
-    sections.append(Section("Curves", items=_in_pairs(_curves({"": run}))))
+    sections.append(Section("Curves", items=_in_pairs(curves({"": run}))))
     if task.pictures is not None:
         with calling(task, "pictures(model)"), evaluating(run.model), torch.no_grad():
             sections.append(Section("What the model does", items=[tuple(task.pictures(run.model))]))
@@ -164,7 +164,7 @@ def comparison(runs: Mapping[str, Run], task: Task) -> Document:
         or f"{len(runs)} runs from the same weights, on the same batches.{lowest} {untuned(runs)}".strip(),
         "warning" if wrong else "good",
         sections=[
-            Section("Curves", items=_in_pairs(_curves(runs))),
+            Section("Curves", items=_in_pairs(curves(runs))),
             Section("Last evaluations", items=[Table("", columns, rows)]),
         ],
     )
@@ -181,8 +181,8 @@ def untuned(runs: Mapping[str, Run]) -> str:
     return f"{whose} not tuned; at tuned ones the order may be another (--lr auto, lr='auto')."
 
 
-def _curves(runs: Mapping[str, Run]) -> list[Picture]:
-    """A picture of each number that the evaluations measured."""
+def curves(runs: Mapping[str, Run]) -> list[Picture]:
+    """Return a picture of each number that the evaluations measured, with a curve for each run."""
     names = list(dict.fromkeys(name for run in runs.values() for row in run.history for name in row))
     pictures = []
     for name in names:

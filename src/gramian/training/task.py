@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,10 +19,13 @@ from gramian.errors import GramianError, InputError, TaskError
 from gramian.loader import as_batches
 from gramian.misuse import known_names
 from gramian.objective import Objective
-from gramian.report import HeatMap, Picture, Table
+from gramian.report import Document, HeatMap, Picture, Section, Table
 from gramian.report.serial import jsonable
 from gramian.rows import Rows
 from gramian.training.interrupts import is_interruption
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Run", "Task", "as_numbers", "as_task", "calling", "described", "is_of_user", "named"]
 
@@ -160,6 +163,12 @@ class Run:
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{Rows(self.history)._repr_html_()}"
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the curve of each number as matplotlib's figure, by title, to change or to save (`figure.savefig`)."""
+        from gramian.training.page import curves
+
+        return Document("Training", repr(self), sections=[Section("Curves", items=curves({"": self}))]).figures()
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -55,6 +55,7 @@ def _operations(n: int, device: str) -> dict[str, Callable[[], Any]]:
         "eigh32": lambda: torch.linalg.eigh(spd),
         "eigh64": lambda: torch.linalg.eigh(spd_wide),
         "eigvalsh64": lambda: torch.linalg.eigvalsh(spd_wide),
+        "eig64": lambda: torch.linalg.eig(wide),
         "svd64": lambda: torch.linalg.svd(wide),
         "cholesky32": lambda: lapack.cholesky(spd[None]),
         "cholesky64": lambda: lapack.cholesky(spd_wide[None]),

@@ -33,7 +33,7 @@ class Similar(NamedTuple):
         """W f(B) W⁻¹, and its error, from f(B) up to an error."""
         out = product(product(self.basis, value._replace(error=torch.zeros_like(error))), self.back)
         inner = error + self.share * (norm(value.hi) + norm(value.lo) + error)
-        return out, _spectral(self.basis) * inner * _spectral(self.back) + out.error
+        return out, spectral_bound(self.basis) * inner * spectral_bound(self.back) + out.error
 
 
 def similar(a: Pair, refinements: int = 0) -> Similar:
@@ -69,7 +69,7 @@ def _in_basis(a: Pair, basis: Pair) -> Similar:
     inner = fine_product(a, basis)
     b = fine_product(back, inner)
     lost = inner.error + share * (norm(inner.hi) + norm(inner.lo) + inner.error)
-    return Similar(b._replace(error=b.error + _spectral(back) * lost), basis, back, share)
+    return Similar(b._replace(error=b.error + spectral_bound(back) * lost), basis, back, share)
 
 
 def _turn(b: Pair, values: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _turn(b: Pair, values: Tensor) -> Tensor:
     return (unitary @ y @ unitary.mH).real
 
 
-def _spectral(x: Pair) -> Tensor:
+def spectral_bound(x: Pair) -> Tensor:
     """A bound on ‖X‖₂."""
     size = norm(x.hi).clamp_min(2.0**-1000)
     return two_norm(x.hi / size[:, None, None]) * size + norm(x.lo)
