@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import shutil
 import time
@@ -85,12 +86,15 @@ def main() -> None:
     given = parser.parse_args()
     out = given.folder.with_name(f"{given.folder.name}-compressed")
     try:
-        size = make(given.folder, given)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose memory is not this process's
+            size = pool.apply(make, (given.folder, given))
         about = features()
         print(f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; weights {size / 1e9:.2f} GB")
         generator = torch.Generator().manual_seed(1)
         shape = (given.samples, given.tokens)
-        batches = [torch.randint(given.vocabulary, shape, generator=generator) for _ in range(given.batches)]
+        batches = [
+            {"input_ids": torch.randint(given.vocabulary, shape, generator=generator)} for _ in range(given.batches)
+        ]
         last = [time.process_time()]
 
         def tell(stage: str, share: float, remark: str) -> None:

@@ -52,7 +52,8 @@ class Holding:
     def at(self, samples: int) -> int:
         """The most that is held with batches of so many samples."""
         passing = self.moments + self.update + samples * self.sample
-        return int(SLACK * (self.weights + max(passing, self.factoring + samples * self.sample))) + LOADED
+        reading = self.weights  # once more, as the file's
+        return int(SLACK * (self.weights + max(reading, passing, self.factoring + samples * self.sample))) + LOADED
 
 
 def holding(shards: Shards, found: Sequence[Target], graph: int, tokens: int, width: int) -> list[Holding]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.checkpoint import Checkpoint, clean_name, open_checkpoint
+from gramian.checkpoint.readers import forget
 from gramian.errors import CheckpointError, UnsupportedError, some
 from gramian.texts import read_text
 
@@ -109,6 +110,7 @@ class Shards:
                         made[id(parameter)] = nn.Parameter(value, parameter.is_floating_point())
                     kept.append((module._parameters, local, parameter))
                     module._parameters[local] = made[id(parameter)]
+            forget()
             yield model
         finally:
             for held, local, parameter in reversed(kept):
