@@ -14,10 +14,11 @@ from torch import nn
 import gramian as gm
 from gramian.cli import main
 from gramian.compression.holding import as_bytes
+from gramian.compression.passing import Item
 from gramian.compression.shards import OUTSIDE, Shards
 from gramian.compression.spool import Spool
 from gramian.compression.streaming import loss_of
-from gramian.compression.sweeping import Item, Sweep
+from gramian.compression.sweeping import Sweep
 from gramian.errors import CheckpointError, InputError, UnsupportedError
 from gramian.recording.onepass import captured
 from test_compress_command import classes, hf_folder, language

@@ -92,7 +92,7 @@ def _work(m: int, n: int) -> int:
     eigen = 5 * 8 * short * short
     of_roots = 6 * max(_moment(m), _moment(n))
     of_matrix = 8 * max(3 * m * n, m * n + eigen // 8, m * n + 2 * (m + n) * short) + _moment(short)
-    return roots + max(of_roots, of_matrix)
+    return roots + 2 * _moment(n) + max(of_roots, of_matrix)  # those of the inputs stay for the next layer
 
 
 def resident() -> int:

@@ -30,12 +30,13 @@ from gramian.compression.correcting import corrected_by, parts_of
 from gramian.compression.holding import Holding, as_bytes, check_disk, fitting, holding, resident, shown, told
 from gramian.compression.mixing import Form
 from gramian.compression.modules import module_name, submodule
+from gramian.compression.passing import Item
 from gramian.compression.planning import by_default, judged, nothing
 from gramian.compression.samplewise import PART, draws_of, samples_of
 from gramian.compression.sharded_plan import ShardedPlan, spooled
 from gramian.compression.shards import OUTSIDE, Shards
 from gramian.compression.spool import Spool
-from gramian.compression.sweeping import Item, Sweep
+from gramian.compression.sweeping import Sweep
 from gramian.compression.targets import Target, targets
 from gramian.compression.weighted import WeightedSVD, decompose
 from gramian.compression.weighting import Uncaptured, weighting
@@ -250,8 +251,7 @@ class _Run:
             for target in self.found:
                 if self.shards.part_of(target.name) == part:
                     try:
-                        s = decompose(target, weighting(target, self.calibration, blind=blind), rounds=False)
-                        here.append(replace(s, left=s.left.float(), right=s.right.float()))
+                        here.append(self._decomposed(target, blind))
                     except Uncaptured as error:
                         reasons[target.name] = str(error)
                     done += 1
@@ -265,6 +265,10 @@ class _Run:
                 made[s.name] = spooled(s, layer, self.sweep.spool, name)
             del here
         return [made[target.name] for target in self.found if target.name in made], reasons
+
+    def _decomposed(self, target: Target, blind: bool) -> WeightedSVD:
+        s = decompose(target, weighting(target, self.calibration, blind=blind), rounds=False)
+        return replace(s, left=s.left.float(), right=s.right.float())
 
     def _corrected(self, part: str, model: nn.Module, spectra: Sequence[WeightedSVD]) -> tuple[WeightedSVD, ...]:
         samples = zip(self.sweep.calls([i for i, _ in self.samples], part), (n for _, n in self.samples), strict=True)

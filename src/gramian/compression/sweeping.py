@@ -9,74 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import mapped, tensors
+from gramian.batch import tensors
 from gramian.calls import prepared
+from gramian.compression.passing import HIDDEN, Arguments, Call, Item, Kept, filled, gradient, hidden_of
 from gramian.compression.shards import OUTSIDE, Shards
 from gramian.compression.spool import Spool
 from gramian.errors import UnsupportedError
-from gramian.objective import Objective
+from gramian.objective import Fisher, Objective
 from gramian.recording import evaluating
 from gramian.recording.onepass import captured
 from gramian.statistics import Statistics
 
-__all__ = ["Item", "Sweep"]
-
-
-class _Place:
-    """Where a tensor of a call belongs that waits in the spool."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-HIDDEN = _Place("hidden")
-"""The place of the hidden states."""
+__all__ = ["Sweep"]
 
 
 class _Stop(Exception):
     """Ends a forward pass whose rest is not wanted."""
-
-
-@dataclass(eq=False)
-class Item:
-    """A batch on its way through the model.
-
-    Args:
-        name: in the spool.
-        batch: as it came.
-        back: whether gradients come back for it.
-        draws: of an item that only corrects: how often labels are drawn for it; each draw gives one gradient.
-
-    Attributes:
-        calls: what each block is called with, with places for tensors.
-        units: of its loss.
-        loss: the sum.
-    """
-
-    name: str
-    batch: Any
-    back: bool = True
-    draws: int | None = None
-    calls: list[Any] = field(default_factory=list)
-    units: float = 0.0
-    loss: float = 0.0
-
-
-@dataclass(eq=False)
-class _Call:
-    """A call of a part of the model, as a batch: the hidden states that enter, and the gradients that came back."""
-
-    item: Item
-    given: tuple[tuple, dict]
-    hidden: Tensor
-    gradients: Tensor
-    turn: int = 0
 
 
 class Sweep:
@@ -153,12 +107,9 @@ class Sweep:
                     loss, units = self.objective.checked(result, empty=item.draws is not None)
                     item.loss, item.units = float(loss.detach()), float(units)
                     losses = self._losses(item, output, generator) if back and item.units else []
-                grads = [torch.zeros_like(leaf)] if back and not losses else []
-                for i, one in enumerate(losses):
-                    on = one.requires_grad
-                    grads.append(_gradient(one, leaf, last=i + 1 == len(losses)) if on else torch.zeros_like(leaf))
+                grads = [gradient(one, leaf, last=i + 1 == len(losses)) for i, one in enumerate(losses)]
                 if back:
-                    self.spool.put(f"{item.name}.back", {"gradients": torch.stack(grads)})
+                    self.spool.put(f"{item.name}.back", {"gradients": torch.stack(grads or [torch.zeros_like(leaf)])})
 
     def backward(
         self, items: Sequence[Item], extra: Sequence[Item], seed: int
@@ -179,51 +130,60 @@ class Sweep:
                 options["generator"] = torch.Generator().manual_seed(seed)
                 options["onward"] = self._onward if index < last else None
                 calls = (self._call(item, index) for item in items)
-                yield name, part, self._told(captured(part, calls, self.objective_of(index), **options), items)
+                yield name, part, self._told(captured(part, calls, self.objective_of(name), **options), items)
                 for item in extra if index < last else ():
                     self._carry(part, item, index)
             for item in (*items, *extra):
                 self.spool.drop(f"{item.name}.{index}")
 
-    def calls(self, items: Sequence[Item], part: str) -> Iterator[_Call]:
+    def calls(self, items: Sequence[Item], part: str) -> Iterator[Call]:
         """Items with draws as calls of a part, one in memory at a time, for `objective_of(part, by_turn=True)`."""
         index = len(self.shards.blocks) if part == OUTSIDE else self.shards.blocks.index(part)
         return (self._call(item, index) for item in items)
 
-    def objective_of(self, part: int | str, *, by_turn: bool = False) -> Objective:
+    def objective_of(self, part: str, *, by_turn: bool = False) -> Objective:
         """The objective of calls of a part: the gradients that come back, times the output.
 
         Args:
-            part: the name of a part or the index of a block, or the number of blocks for `OUTSIDE`.
+            part: its name.
             by_turn: whether the next of a call's gradients is used at each time, and not all at once.
         """
-        own, shards = self.objective, self.shards
-        outside = part in (OUTSIDE, len(shards.blocks))
-        block = None if outside else shards.block(part if isinstance(part, str) else shards.blocks[part])
+        own = self.once if by_turn else self.objective
 
-        def predict(model: nn.Module, call: _Call) -> Any:
-            if block is None:
-                return self._through(model, call.item, call.hidden)
-            return self._run(block, call.given, call.hidden)
+        def rows(call: Call) -> Tensor | None:
+            return self.objective.mask(call.item.batch)
 
-        def criterion(output: Any, call: _Call) -> tuple[Tensor, Any]:
-            if block is None:
-                return own.criterion(output[0], call.item.batch)
-            return output.sum() * 0, call.item.units  # the loss is known; NaN in the output is seen
+        def now(call: Call) -> Tensor:
+            if not by_turn:
+                return call.gradients
+            call.turn += 1
+            return call.gradients[call.turn - 1 : call.turn]
 
-        def sampled(output: Any, call: _Call, generator: torch.Generator) -> Iterator[Tensor]:
-            gradients = call.gradients
-            if by_turn:
-                gradients, call.turn = gradients[call.turn, None], call.turn + 1
-            back, losses = (output, iter([0.0] * len(gradients))) if block is not None else (output[1], iter(()))
-            if block is None:
-                how = (self.once, "sampled") if by_turn else (own, own.fisher)
-                found = list(how[0].losses(output[0], call.item.batch, how[1], generator))
-                losses = iter([torch.stack(found).sum()] if by_turn else found)
-            for gradient, loss in zip(gradients, losses, strict=True):
-                yield loss + (back * gradient).sum()
+        if part != OUTSIDE:
+            block = self.shards.block(part)
+            return Objective(
+                predict=lambda model, call: self._run(block, call.given, call.hidden),
+                criterion=lambda output, call: (0 * output.mean(), call.item.units),  # known; that NaN comes is seen
+                fisher="sampled",
+                sampled=lambda output, call, generator: ((output * g).sum() for g in now(call)),
+                rows=rows,
+            )
 
-        return Objective(predict, criterion, "sampled", sampled, rows=lambda call: own.mask(call.item.batch))
+        def sampled(output: tuple[Any, Tensor], call: Call, generator: torch.Generator) -> Iterator[Tensor]:
+            """Each loss as it was drawn before, with what came back to the first block's input."""
+            how: Fisher = "sampled" if by_turn else own.fisher
+            losses = list(own.losses(output[0], call.item.batch, how, generator))
+            losses = [torch.stack(losses).sum()] if by_turn else losses
+            for loss, back in zip(losses, now(call), strict=True):
+                yield loss + (output[1] * back).sum()
+
+        return Objective(
+            predict=lambda model, call: self._through(model, call.item, call.hidden),
+            criterion=lambda output, call: self.objective.criterion(output[0], call.item.batch),
+            fisher="sampled",
+            sampled=sampled,
+            rows=rows,
+        )
 
     def _losses(self, item: Item, output: Any, generator: torch.Generator | None) -> list[Tensor]:
         assert generator is not None
@@ -237,10 +197,9 @@ class Sweep:
         call = self._call(item, index)
         block = self.shards.block(self.shards.blocks[index])
         with evaluating(part), torch.enable_grad():
-            output, num = self._run(block, call.given, call.hidden), len(call.gradients)
-            grads = [
-                _gradient((output * g).sum(), call.hidden, last=i + 1 == num) for i, g in enumerate(call.gradients)
-            ]
+            output = self._run(block, call.given, call.hidden)
+            losses = [(output * g).sum() for g in call.gradients]
+            grads = [gradient(one, call.hidden, last=i + 1 == len(losses)) for i, one in enumerate(losses)]
         self.spool.put(f"{item.name}.back", {"gradients": torch.stack(grads)})
 
     def hidden(self, item: Item, index: int) -> Tensor:
@@ -249,26 +208,16 @@ class Sweep:
 
     def _enter(self, model: nn.Module, item: Item, *, probe: bool = False) -> None:
         """Runs what is before the blocks, and notes what each is called with."""
-        given: dict[str, Tensor] = {}
-        places: dict[int, _Place] = {}
-        entered: list[Tensor] = []
-
-        def place(tensor: Tensor) -> _Place:
-            if tensor is entered[0]:
-                return HIDDEN
-            if id(tensor) not in places:
-                places[id(tensor)] = _Place(str(len(places)))
-                given[places[id(tensor)].name] = tensor
-            return places[id(tensor)]
+        kept: list[Kept] = []
 
         def see(index: int, args: tuple, kwargs: dict) -> Any:
-            hidden = _hidden_of(args, kwargs)
-            if not entered:
-                entered.append(hidden)
-            self._check(index, entered[0], hidden, (args, kwargs))
+            hidden = hidden_of(args, kwargs)
+            if not kept:
+                kept.append(Kept(hidden))
+            self._check(index == len(item.calls), kept[0].hidden, hidden, (args, kwargs))
             if probe and index == 0:
                 self.in_tuple = not isinstance(self.shards.block(self.shards.blocks[0])(*args, **kwargs), Tensor)
-            item.calls.append(mapped((args, kwargs), place))
+            item.calls.append(kept[0].without((args, kwargs)))
             if index + 1 == len(self.shards.blocks):
                 raise _Stop
             return (hidden,) if self.in_tuple else hidden
@@ -278,25 +227,26 @@ class Sweep:
         with torch.set_grad_enabled(probe), suppress(_Stop):
             self.objective.predict(model, item.batch)
         if len(item.calls) != len(self.shards.blocks):
-            name, num = type(self.shards.model).__name__, len(self.shards.blocks)
-            raise UnsupportedError(
-                f"compress: {len(item.calls)} of the {num} blocks of {name} ran. Load it with from_pretrained, and "
-                "give the model"
-            )
-        self.spool.put(f"{item.name}.given", given)
-        self.spool.put(f"{item.name}.0", {"hidden": entered[0]})
+            raise self._refused(f"runs {len(item.calls)} of its {len(self.shards.blocks)} blocks")
+        self.spool.put(f"{item.name}.given", kept[0].tensors)
+        self.spool.put(f"{item.name}.0", {"hidden": kept[0].hidden})
 
-    def _check(self, index: int, first: Tensor, hidden: Tensor, call: Any) -> None:
+    def _check(self, in_order: bool, first: Tensor, hidden: Tensor, call: Any) -> None:
         what = ""
-        if hidden is not first or index >= len(self.shards.blocks):
+        if not in_order:
+            what = "does not run its blocks once, one after the other"
+        elif hidden is not first:
             what = "changes what goes from block to block outside of its blocks"
         elif any(t is not hidden and t.requires_grad for t in tensors(call)):
             what = "hands more to its blocks than hidden states that its gradient depends on"
         if what:
-            raise UnsupportedError(
-                f"compress: {type(self.shards.model).__name__} {what}, so that these cannot run one by one. Load it "
-                "with from_pretrained, and give the model"
-            )
+            raise self._refused(what)
+
+    def _refused(self, what: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"compress: {type(self.shards.model).__name__} {what}, so that these cannot be loaded one by one. Load it "
+            "with from_pretrained, and give the model"
+        )
 
     def _advance(self, index: int, items: Sequence[Item]) -> None:
         """Runs one block for all items."""
@@ -305,8 +255,8 @@ class Sweep:
             output = self._run(block, self._given(item, index), self.hidden(item, index))
             self.spool.put(f"{item.name}.{index + 1}", {"hidden": output})
 
-    def _run(self, block: nn.Module, given: tuple[tuple, dict], hidden: Tensor) -> Tensor:
-        args, kwargs = mapped(given, lambda t: t, lambda value: hidden if value is HIDDEN else value)
+    def _run(self, block: nn.Module, given: Arguments, hidden: Tensor) -> Tensor:
+        args, kwargs = filled(given, {HIDDEN.name: hidden})
         output = block(*args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
@@ -315,49 +265,32 @@ class Sweep:
         entered: list[Tensor] = []
 
         def pass_on(index: int, args: tuple, kwargs: dict) -> Any:
-            hidden = _hidden_of(args, kwargs)
+            hidden = hidden_of(args, kwargs)
             entered.append(hidden)
             hidden = leaving if index + 1 == len(self.shards.blocks) else hidden
             return (hidden,) if self.in_tuple else hidden
 
         self.shards.run = pass_on
-        return self.objective.predict(model, item.batch), entered[0]
+        output = self.objective.predict(model, item.batch)
+        if len(entered) != len(self.shards.blocks):
+            raise self._refused("is called several times for a batch")
+        return output, entered[0]
 
-    def _call(self, item: Item, index: int) -> _Call:
+    def _call(self, item: Item, index: int) -> Call:
         inside = index < len(self.shards.blocks)
         call = self._given(item, index) if inside else ((), {})
         hidden = self.hidden(item, index).requires_grad_(inside and item.back)
         gradients = self.spool.get(f"{item.name}.back")["gradients"] if item.back else torch.empty(0)
-        return _Call(item, call, hidden, gradients)
+        return Call(item, call, hidden, gradients)
 
-    def _given(self, item: Item, index: int) -> tuple[tuple, dict]:
+    def _given(self, item: Item, index: int) -> Arguments:
         """What a block is called with, the hidden states' place still empty."""
-        given = self.spool.get(f"{item.name}.given")
+        return filled(item.calls[index], self.spool.get(f"{item.name}.given"))
 
-        def fill(value: Any) -> Any:
-            return given[value.name] if isinstance(value, _Place) and value is not HIDDEN else value
-
-        return mapped(item.calls[index], lambda t: t, fill)
-
-    def _onward(self, call: _Call, gradients: list[Tensor]) -> None:
+    def _onward(self, call: Call, gradients: list[Tensor]) -> None:
         self.spool.put(f"{call.item.name}.back", {"gradients": gradients[0]})
 
     def _told(self, stats: Statistics, items: Sequence[Item]) -> Statistics:
         back = [item for item in items if item.back]
         loss = sum(item.loss for item in back) / sum(item.units for item in back)
         return replace(stats, fisher=self.objective.fisher, loss=loss)
-
-
-def _gradient(loss: Tensor, leaf: Tensor, *, last: bool) -> Tensor:
-    (found,) = torch.autograd.grad(loss, leaf, retain_graph=not last, allow_unused=True)
-    return torch.zeros_like(leaf) if found is None else found
-
-
-def _hidden_of(args: tuple, kwargs: dict) -> Tensor:
-    found = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(found, Tensor):
-        raise UnsupportedError(
-            "compress: a block is not called with hidden states first, so that blocks cannot run one by one. Load the "
-            "model with from_pretrained, and give that"
-        )
-    return found
