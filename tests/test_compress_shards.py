@@ -65,7 +65,8 @@ def test_two_sweeps_give_the_second_moments_of_one_pass(tmp_path: Path, make) ->
     assert list(sweep.forward(items)) == [OUTSIDE, *shards.blocks]
     sweep.outputs(items, torch.Generator().manual_seed(1))
     found = {}
-    for _, _, stats in sweep.backward(items, [], 1):
+    asked = {part: whole.blocks.keys() for part in (OUTSIDE, *shards.blocks)}
+    for _, _, stats in sweep.backward(items, [], 1, asked):
         assert (stats.units, stats.loss, stats.fisher) == (whole.units, pytest.approx(whole.loss), whole.fisher)
         found |= stats.blocks
     assert found.keys() == whole.blocks.keys()

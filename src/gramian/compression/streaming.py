@@ -242,7 +242,10 @@ class _Run:
         reasons: dict[str, str] = {}
         blind: bool | None = None
         done = 0
-        for part, model, stats in self.sweep.backward(self.items, extra, self.seed):
+        asked: dict[str, set[str]] = {}
+        for target in self.found:
+            asked.setdefault(self.shards.part_of(target.name), set()).add(target.inputs)
+        for part, model, stats in self.sweep.backward(self.items, extra, self.seed, asked):
             self.calibration.stats, self.calibration.latest = stats, {}
             if blind is None:
                 self.calibration.notes = self.notes

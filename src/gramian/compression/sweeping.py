@@ -7,7 +7,7 @@ second moments are those of one pass through the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -112,7 +112,7 @@ class Sweep:
                     self.spool.put(f"{item.name}.back", {"gradients": torch.stack(grads or [torch.zeros_like(leaf)])})
 
     def backward(
-        self, items: Sequence[Item], extra: Sequence[Item], seed: int
+        self, items: Sequence[Item], extra: Sequence[Item], seed: int, asked: Mapping[str, Collection[str]]
     ) -> Iterator[tuple[str, nn.Module, Statistics]]:
         """The statistics of each part, from the last block to what is outside, while the part is in memory.
 
@@ -120,13 +120,25 @@ class Sweep:
             items: after `forward` and `outputs`.
             extra: more such items, which add nothing to the statistics, for `calls`.
             seed: of the generator that `outputs` had.
+            asked: by part the names of its blocks that are captured; of other parts there are no statistics.
         """
         last = len(self.shards.blocks)
-        for index in (*reversed(range(last)), last):
-            name = OUTSIDE if index == last else self.shards.blocks[index]
+        places = dict(enumerate(self.shards.blocks)) | {last: OUTSIDE}
+        first = next(index for index, name in places.items() if name in asked)
+        lowest = 0 if OUTSIDE in asked else first  # nothing has to go back further
+        for index in (*reversed(range(lowest, last)), last):
+            name = places[index]
+            if index == last and name not in asked:
+                break
             with self.shards.loaded(name) as part:
+                if name not in asked:
+                    for item in (*items, *extra):
+                        self._carry(part, item, index)
+                        self.spool.drop(f"{item.name}.{index}")
+                    continue
                 flags = iter([item.back for item in items])
                 options: dict[str, Any] = {"differentiates": lambda stats, flags=flags: next(flags)}
+                options["asked"] = asked[name]
                 options["generator"] = torch.Generator().manual_seed(seed)
                 options["onward"] = self._onward if index < last else None
                 calls = (self._call(item, index) for item in items)
@@ -194,6 +206,8 @@ class Sweep:
 
     def _carry(self, part: nn.Module, item: Item, index: int) -> None:
         """Hands the gradients of an item that adds nothing to statistics on to the block before."""
+        if not item.back:
+            return
         call = self._call(item, index)
         block = self.shards.block(self.shards.blocks[index])
         with evaluating(part), torch.enable_grad():
