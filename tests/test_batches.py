@@ -516,6 +516,14 @@ def test_no_batches_say_why() -> None:
                 verb(linear(), batches, Objective.classification())
 
 
+def test_an_objective_in_the_place_of_batches_is_told() -> None:
+    objective = Objective.classification()
+    with pytest.raises(InputError, match="got an Objective"):
+        gm.inspect(nn.Linear(2, 2), objective, [(torch.ones(2, 2), torch.zeros(2).long())])
+    with pytest.raises(InputError, match="got an Objective"):
+        gm.Task(lambda: nn.Linear(2, 2), [], objective, lambda model: {})
+
+
 def test_a_task_takes_a_loader_and_refuses_an_iterator() -> None:
     def task(batches: Any) -> gm.Task:
         return gm.Task(linear, Objective.classification(), batches, lambda model: {"one": 1.0})

@@ -47,7 +47,7 @@ OF_CLASSES: dict[str, tuple[Loss, str]] = {
     "focal": (lambda m, b: ((1 - (q := m(b[0]).softmax(1).gather(1, b[1][:, None]))) ** 2 * -q.log()).mean(), ""),
     "hinge": (lambda m, b: F.multi_margin_loss(m(b[0]), b[1]), ""),
     "sign": (lambda m, b: -by_hand(m(b[0]).log_softmax(1), b[1]), "loss-unbounded"),
-    "dimension": (lambda m, b: by_hand((o := m(b[0])) - o.logsumexp(0), b[1]), "loss-not-log-probabilities"),
+    "dimension": (lambda m, b: by_hand((o := m(b[0])) - o.logsumexp(0), b[1]), "samples-mixed"),
     "one batch size": (lambda m, b: -by_hand(m(b[0]).reshape(32, CLASSES).log_softmax(1), b[1]), "loss-unbounded"),
     "alone": (lambda m, b: by_hand(m(b[0]), b[1]), "loss-not-log-probabilities"),
     "shifted": (lambda m, b: by_hand(m(b[0]).log_softmax(1), b[1].roll(1)), "pairs-mismatched"),

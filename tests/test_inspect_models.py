@@ -112,7 +112,7 @@ CASES: dict[str, Case] = {
         ("used several times", "gains of 3 of 3 layers"),
     ),
     "graph": Case(Graph, (normal(N, D), ring, labels), lambda m, b: F.cross_entropy(m(*b[:2]), b[2]), (
-        "rows are not samples",
+        "and no samples",
     )),
     "unused": Case(Unused, (normal(N, D),), lambda m, b: m(b[0])[0].square().mean(), (
         "Not captured, no gradient reached it (1; 20.0% of these parameters): pooler.weight",

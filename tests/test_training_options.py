@@ -590,10 +590,13 @@ def test_a_report_tells_what_became_worse_again(tmp_path) -> None:
     run, text = run_of(falling, [i / 10 for i in range(5)] + [0.2] * 5)
     assert "--best max:accuracy" in text
     run, text = run_of([1 + i / 10 for i in range(10)], falling)  # it only rose
-    assert "held_out_loss was best at step 20, 1.00," in text
-    run, text = run_of(falling, falling)
+    assert "held_out_loss was best at step 20, 1.00;" in text
+    run, text = run_of(falling, falling)  # an accuracy that falls was best at first
+    assert "--best max:accuracy" in text
+    for row in run.history:
+        row["whiteness"] = row.pop("accuracy")  # nobody knows which is its best
     assert page.receded(run) == ""
-    assert "✓ 200 steps" in text
+    assert "✓ 200 steps" in to_text(page.document(run, single(), None, gm.Report("x")), width=400)
     run, text = run_of(falling, [i / 10 for i in range(5)] + [0.2] * 5, best_step=100)
     assert "the weights are those of step 100, the best" in text
     assert page.receded(run) == ""

@@ -6,6 +6,7 @@ Names are imported at their first use, so that `import gramian` costs nothing an
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
@@ -68,6 +69,7 @@ __all__ = [
     "prox",
     "random",
     "refit",
+    "report",
     "save_compressed",
     "save_plan",
     "suggest_lr",
@@ -114,7 +116,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"gramian.{_HOME[name]}"), name)
         globals()[name] = value
         return value
-    if name in __all__:
+    if name in __all__ or (not name.startswith("_") and importlib.util.find_spec(f"gramian.{name}")):
         return importlib.import_module(f"gramian.{name}")
     raise AttributeError(f"module 'gramian' has no attribute {name!r}")
 

@@ -41,6 +41,8 @@ def as_batches(batches: Any, verb: str) -> Iterable[Any]:
     >>> len(list(as_batches(lambda: iter([1, 2]), "capture")))
     2
     """
+    if hasattr(batches, "criterion") and hasattr(batches, "predict"):
+        raise InputError(f"{verb}: batches must be an iterable of batches, got an Objective. Are the two exchanged?")
     if is_one_batch(batches) or looks_like_one(batches):
         raise InputError(
             f"{verb}: batches must be an iterable of batches, and this looks like one batch, {described(batches)}. "

@@ -63,7 +63,7 @@ class Rows(list[dict[str, Any]]):
             line = "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in aligned).rstrip()
             shown.append("\n".join([line, *(" " * before + more for more in rest)]))
         if cut < len(self):
-            shown.insert(cut + 1, f"… {len(self) - SHOWN} more")
+            shown.insert(cut + 1, f"… {len(self) - SHOWN} more; a loop over it has them all")
         return "\n".join(shown)
 
     def _repr_html_(self) -> str:

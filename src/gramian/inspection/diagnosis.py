@@ -207,6 +207,7 @@ def _measure_signal(
         measured.skipped |= {SIGNAL: f"the loss fails: {in_words(observed.error)}"}
         return list(labels_in_range(context))
     measured.entries = observed.entries
+    measured.is_recurrent, measured.varies = context.is_recurrent, not context.has_constant_output
     measured.looked_at += ["data", "loss", "modules in training steps"]
     try:
         context.evaluated = evaluate(model, few[0], objective, observed.fed)

@@ -32,6 +32,8 @@ class Measured:
             nothing left to learn from the batch, so that gradients are zero.
         has_learned: whether the loss is far below that of an output that is the same for all samples.
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
+        varies: whether outputs are known to differ between samples.
+        is_recurrent: whether the first layer is used again and again, as for each step of a sequence.
         copied: prefixes of the names of layers that torch itself makes by copying one (`nn.TransformerEncoder`).
         facts: numbers about the whole model, by label, for the report; rules may add some.
         notes: how things were measured, and what was skipped.
@@ -53,6 +55,8 @@ class Measured:
     waiting: frozenset[str] | None = None
     frozen: frozenset[str] = frozenset()
     entries: frozenset[str] = frozenset()
+    varies: bool = False
+    is_recurrent: bool = False
     copied: tuple[str, ...] = ()
     facts: dict[str, float | int | str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

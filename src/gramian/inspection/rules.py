@@ -150,9 +150,9 @@ def gain(measured: Measured) -> Iterator[Finding]:
     half = 2 * math.sqrt(sum(e * e for e in errors)) / depth
     chi, low, high = math.exp(mean), math.exp(mean - half), math.exp(mean + half)
     measured.facts["gain χ (geometric mean)"] = chi
-    if _crosses(mean, half, depth) or not _confirmed(measured):
-        return
     below = mean < 0
+    if _crosses(mean, half, depth) or not _confirmed(measured, below=below):
+        return
     few = _culprits(logs, half)
     if len(few) <= LOCAL * depth:
         rest = math.exp(fmean(v for name, v in logs.items() if name not in few))
@@ -248,9 +248,12 @@ def end_to_end(measured: Measured) -> Iterator[Finding]:
         return
     largest, middle = measured.jacobian[0], measured.jacobian[len(measured.jacobian) // 2]
     measured.facts["end-to-end Jacobian σ₁"] = largest
+    if largest == 0.0 and measured.varies:
+        return  # the last layer does not depend on the first, and the output on the input by another way
     eps = torch.finfo(measured.dtype).eps
-    if largest < 1 / END_TO_END or largest > END_TO_END:
-        small = largest < 1
+    small = largest < 1
+    forgets = small and largest >= eps and measured.is_recurrent  # a cell need not keep its first input to learn
+    if (largest < 1 / END_TO_END and not forgets) or largest > END_TO_END:
         yield Finding(
             "jacobian-vanishes" if small else "jacobian-explodes",
             "error" if largest < eps or largest > 1 / eps else "warning",
@@ -291,14 +294,16 @@ def _input_rms(measured: Measured, layer: Layer) -> float | None:
     return float(a.rms) if _single(a) else None
 
 
-def _confirmed(measured: Measured) -> bool:
-    """Whether the gradient or the Jacobian, measured across the whole depth, leaves its healthy range."""
+def _confirmed(measured: Measured, *, below: bool) -> bool:
+    """Whether the gradient or the Jacobian, measured across the whole depth, leaves its healthy range on that side."""
     sized = [_per_unit(measured, layer) for layer in _with_gradients(measured)]
     layers = _with_gradients(measured)
     end = max((_per_unit(measured, layer) for layer in _ends(measured, layers)), default=0.0)
     ratio = sized[0] / end if measured.is_chain and sized and end > 0 else 1.0
     largest = measured.jacobian[0] if measured.jacobian and not _is_blocked(measured) else 1.0
-    return not (1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO and 1 / END_TO_END <= largest <= END_TO_END)
+    if below:
+        return ratio < 1 / GRADIENT_RATIO or largest < 1 / END_TO_END
+    return not (ratio <= GRADIENT_RATIO and largest <= END_TO_END)
 
 
 def _with_gradients(measured: Measured) -> list[Layer]:

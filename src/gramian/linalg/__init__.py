@@ -73,3 +73,8 @@ __all__ = [
     "syrk",
 ]
 __all__ += [name for function in FUNCTIONS for name in (function, f"{function}_ex")]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __dir__() -> list[str]:
+    """The public names alone: files beside them have names, such as `norm`, that one would take for functions."""
+    return __all__

@@ -82,12 +82,15 @@ def try_jacobian(
             return NoJacobian(f"the input of {last.name} does not depend on that of {first.name}", is_chain=False)
         if start.shape[0] != end.shape[0]:
             rows = f"{first.name} has {start.shape[0]} rows and {last.name} has {end.shape[0]}"
-            return NoJacobian(f"{rows}, so rows are not samples")
+            return NoJacobian(f"{rows}: no row is one sample's from end to end")
         m, n = end[0].numel(), start[0].numel()
         if m > most or n > 64 * MAX_JACOBIAN_SIDE:
             return NoJacobian(f"it is too large, {m} × {n} for each sample")
         if _mixes(start, end):
-            return NoJacobian(f"a row at {last.name} depends on several rows at {first.name}: rows are not samples")
+            return NoJacobian(
+                f"what {first.name} puts out for several rows reaches one row of {last.name}: these are steps of time, "
+                "say, and no samples"
+            )
         jacobian, copy = [], torch.arange(len(end), device=end.device) % copies
         for k in range(0, m, copies):
             v = torch.zeros(len(end), m + copies, dtype=end.dtype, device=end.device)

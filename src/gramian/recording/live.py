@@ -83,8 +83,8 @@ def capturing(
     stats.loss = loop.loss / stats.units if stats.units else float("nan")
     if not stats.units:
         warnings.warn(
-            "capturing: no loss of the objective was differentiated inside, so there is no G. Compute the loss by "
-            "objective.loss(model, batch), or by stats.objective.loss where you passed a plain function",
+            "capturing: no loss of the very objective that it was given was differentiated inside, so there is no G; "
+            "that of an equal one does not count. Call loss(model, batch) of that one, or stats.objective.loss",
             GramianWarning,
             stacklevel=3,
         )

@@ -142,7 +142,7 @@ def weights_section(report: Report) -> Section | None:
     lanes = []
     for label, measures in (
         ("singular values", sizes),
-        ("rank, share of the full one", ranks),
+        ("rank / full rank", ranks),
         ("change ‖ΔW‖ / ‖W‖", changes),
     ):
         curves: list[tuple[str, Role, list[float | None]]] = [

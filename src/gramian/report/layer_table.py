@@ -118,7 +118,12 @@ def layer_table(layers: Sequence[Layer], findings: Sequence[Finding] = ()) -> Ta
     if any(cell is None for row in rows for cell in row):
         caption.append("– means not measured.")
     details = [detail_of(layer) for layer in layers]
-    return Table("Every matrix, in forward order", columns, rows, " ".join(caption), emphasis, details)
+    order = (
+        "in forward order"
+        if any(layer.activation_rms is not None for layer in layers)
+        else "in the order of the model or its file"
+    )
+    return Table(f"Every matrix, {order}", columns, rows, " ".join(caption), emphasis, details)
 
 
 _MOST_POINTS = 160  # of a spectrum in a row's details: more are not distinguishable, and 500 such rows must stay small

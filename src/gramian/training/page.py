@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,19 +69,23 @@ def trouble(run: Run) -> str:
     return ""
 
 
-LOWER = ("loss", "error", "perplexity")
-"""Parts of names of numbers that should fall; of others, the way that they went says it."""
+LOWER = {"loss", "error", "perplexity", "mse", "rmse", "mae", "nll", "bpc", "wer", "cer", "fid"}
+"""Words in the names of numbers that should fall."""
+
+HIGHER = {"accuracy", "acc", "score", "f1", "auc", "r2", "precision", "recall", "bleu", "iou", "map", "psnr", "reward"}
+"""Words in the names of numbers that should rise. Of any other number nobody knows which is its best."""
 
 GIVEN_BACK = 0.1
 """The share of what a number gained that it may lose again before it is told."""
 
 
 def best_of(run: Run, name: str) -> dict[str, float] | None:
-    """Return the evaluation at which a number was best, the first of equals; `None` where it never was a number."""
+    """Return the evaluation at which a number was best, the first of equals; `None` where that is not known."""
     rows = [row for row in run.history if math.isfinite(row.get(name, math.nan))]
-    if not rows:
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    falls, rises = bool(words & LOWER), bool(words & HIGHER)
+    if not rows or falls == rises:
         return None
-    falls = any(word in name.lower() for word in LOWER) or rows[-1][name] < rows[0][name]
     return (min if falls else max)(rows, key=lambda row: row[name])
 
 

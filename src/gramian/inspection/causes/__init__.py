@@ -20,6 +20,7 @@ from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.masks import RULES as MASKS
 from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norms import RULES as NORMS
+from gramian.inspection.causes.outputs import RULES as OUTPUTS
 from gramian.inspection.causes.pairs import RULES as PAIRS
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
 from gramian.inspection.causes.precision import RULES as PRECISION
@@ -34,7 +35,7 @@ from gramian.inspection.causes.zeroed import RULES as ZEROED
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *INPUTS, *DATA, *LABELS, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *PAIRS, *PROBED, *LEAKS,
-    *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *MASKS, *MODULES, *GATES, *NORMS, *PRECISION,
-    *STEPPING,
+    *INPUTS, *DATA, *LABELS, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *OUTPUTS, *PAIRS, *PROBED,
+    *LEAKS, *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *MASKS, *MODULES, *GATES, *NORMS,
+    *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -45,6 +45,9 @@ LOST_IN_NORM = 0.01
 # Share of the loss of a constant output below which a network has learned.
 LEARNED = 0.4
 
+# Calls of a layer from which on it is a recurrence's.
+STEPS = 4
+
 # Outputs count as equal for all samples below this share of their size, a few roundings of float32.
 EQUAL = 1e-6
 
@@ -134,6 +137,13 @@ class Context:
                 seen = call.input.rms if call.input is not None else given
                 return "Norm" in call.kind or not 0.8 * given <= seen <= 1.25 * given
         return False
+
+    @cached_property
+    def is_recurrent(self) -> bool:
+        """Whether the first layer with a matrix is called for each of several steps."""
+        owners = {self.module_of(block.name) for block in self.matrices}
+        names = [call.name for call in self.observed.calls if call.name in owners]
+        return bool(names) and names.count(names[0]) >= STEPS
 
     @cached_property
     def has_learned(self) -> bool:

@@ -111,6 +111,9 @@ _DRIVERS = frozenset((
     "input-scale", "input-dominated", "labels-scale", "loss-unbounded", "loss-summed", "weight-decay-too-large",
 ))  # fmt: skip
 _SIZES = frozenset(("unusual-size", "dominant-direction"))
+# What grows cannot follow from what shrinks; units are driven to their ends by what grows.
+_GROWING = frozenset(("gradient-explodes", "jacobian-explodes", "residual-growth"))
+_SHRINKING = frozenset(("saturated-units", "dead-units", "attention-saturated", "gain-below-one", "gate-shut"))
 _RATES = frozenset(("rate-too-high", "rate-too-low", "labels-independent"))
 _SIGNAL = frozenset((
     "non-finite-weights", "input-non-finite", "input-constant", "input-dominated", "input-offset", "input-scale",
@@ -188,6 +191,12 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         return next((f for f in serious if f.code == "axes-swapped"), None)
     if finding.code not in _MIXED:
         causes = [c for c in causes if c.code != "samples-mixed"]
+    if finding.code in _GROWING:
+        causes = [c for c in causes if c.code not in _SHRINKING]
+    if finding.code == "saturated-units":
+        grown = next((f for f in serious if f.code in _GROWING), None)
+        if grown is not None and _root(grown, causes, serious) is None:
+            return grown
     if _is_local(finding):  # one layer's gain is what its units, weights or norm make it
         return next((c for c in causes if c is not finding), None)
     causes = [c for c in causes if not _is_local(c)]

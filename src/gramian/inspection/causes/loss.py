@@ -186,7 +186,7 @@ def _fits(target: torch.Size, output: torch.Size) -> bool:
 
 
 def single_softmax(context: Context) -> Iterator[Finding]:
-    """Find a softmax over one value at the end. Exact."""
+    """Find a softmax over one value, at the end or of scores that weigh positions. Exact."""
     ends, output = context.observed.ends, context.observed.output
     if ends is not None and ends.function == "softmax" and output is not None and ends.size == 1:
         yield Finding(
@@ -198,6 +198,18 @@ def single_softmax(context: Context) -> Iterator[Finding]:
             cause="A softmax divides by the sum over its dimension, which has one entry: no gradient passes.",
             advice="Use a sigmoid, or no function and a loss of scores.",
         )
+        return
+    for name, shape in context.observed.single_softmax.items():
+        yield Finding(
+            "softmax-single-value",
+            "error",
+            f"A softmax in {context.told(name)} is over one value, and always 1",
+            where=name or "all layers",
+            evidence=f"of scores {shape}, which a matrix gives, its dimension has one entry (exact)",
+            cause="The softmax is over the last dimension, and the weights are to sum to one over another one.",
+            advice="Use the dimension of the positions, as softmax(dim=1).",
+        )
+        return
 
 
 def training_fails(error: str) -> Iterator[Finding]:

@@ -98,6 +98,18 @@ def over_queries(context: Context) -> Iterator[Finding]:
     if not found:
         return
     name, shape = next(iter(found.items()))
+    if shape[-2] == 1:
+        yield Finding(
+            "softmax-single-value",
+            "error",
+            f"The softmax of the attention in {context.told(name)} is over its one query, so that all weights are 1",
+            where=", ".join(found) if name else "all layers",
+            evidence=f"the weights {shape} have one entry along the dimension of the softmax, {len(shape) - 2}, and "
+            f"{shape[-1]} along the one that is multiplied by the values (exact)",
+            cause="The values are added up whatever the query is, and no gradient passes to queries and keys.",
+            advice="Use softmax(dim=-1) of scores (…, queries, keys).",
+        )
+        return
     more = f"; so in {plural(len(found) - 1, 'other module')}" if len(found) > 1 else ""
     yield Finding(
         "attention-over-queries",

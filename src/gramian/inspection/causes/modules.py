@@ -113,13 +113,14 @@ def dropout(context: Context) -> Iterator[Finding]:
         p = getattr(module, "dropout", None)
         if isinstance(p, float) and p >= DROPOUT and isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
             high.append((name, p))
+    high += [(n, p) for n, p in context.observed.dropouts.items() if p >= DROPOUT and n not in dict(high)]
     if high:
         worst = max(p for _, p in high)
         yield Finding(
             "dropout-rate",
             "error" if worst >= NEARLY_ALL else "warning",
             f"Dropout removes {worst:.0%} of the units",
-            where=some([n for n, _ in high], SHOWN),
+            where=some([n for n, _ in high if n], SHOWN) or "all layers",
             evidence=f"p = {worst:g}; usual are 0 to 0.5",
             cause="torch's p is the share that is dropped; 1 − p was perhaps meant.",
             advice="Lower p.",

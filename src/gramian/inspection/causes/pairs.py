@@ -22,7 +22,7 @@ def rows(context: Context) -> Iterator[Finding]:
             f"The loss compares every output with every number of {found.label}",
             where="loss",
             evidence=f"another value of one sample in {found.label} {found.shapes[0]} changes the gradients of all "
-            f"outputs {found.shapes[1]} by the same (measured)",
+            f"outputs {found.shapes[1]}, by the same or whatever the order of the samples (measured)",
             cause="Each output is compared with all targets, by broadcasting, or outputs are averaged over the samples "
             "before they are compared.",
             advice="Give both the same shape, and compare sample by sample: output.squeeze(-1), or "

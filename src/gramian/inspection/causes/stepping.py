@@ -19,6 +19,8 @@ SLOW, FAST = 1e-4, 0.5
 # In a group of several, a change is lost below this: 10,000 such steps change a weight by 1 %.
 # The others change by at least this many times as much.
 LOST, GAP = 1e-6, 100.0
+# From this change on a rate is too high whatever the first losses are.
+ANYHOW = 5.0
 # A loss diverges that rises to this many times its first value, and by this much. It makes no progress while it is
 # above this share of its first value, unless that was already small.
 DIVERGES, RISES, NO_PROGRESS, SOLVED = 3.0, 3.0, 0.9, 0.05
@@ -143,7 +145,10 @@ def steps(context: Context) -> Iterator[Finding]:
         slow = []  # rates that fall from group to group, as they do by layer in a fine-tune
     told = f"on a copy: loss {', '.join(f'{v:.3g}' for v in losses)}" if losses else "measured in the run"
     once = "the first step" if losses else "a step"
-    if diverged or not change <= FAST or (stuck and fastest.change > FAST):
+    falls = (
+        bool(losses) and not stuck and max(losses) <= first
+    )  # small weights, as GPT-2's, may change by half and learn
+    if diverged or not change <= (ANYHOW if falls else FAST) or (stuck and fastest.change > FAST):
         yield Finding(
             "rate-too-high",
             "error",

@@ -31,6 +31,8 @@ def labels(context: Context) -> Iterator[Finding]:
     finding = make(found)
     if found.kind == "dimension" and context.observed.softmax_over_rows is not None and context.num_labels:
         return  # told by `rows`
+    if found.kind == "flat" and context.probes.silent is not None:
+        return  # a term without a gradient, as of a threshold, is told by `terms`
     if finding.code == "loss-unbounded" and (context.probes.falls or context.probes.plunges):
         return  # told already
     yield finding
@@ -40,7 +42,7 @@ def _dimension(found: Supervision) -> Finding:
     axis, dim = found.dims
     what = "samples" if dim == 0 else "positions"
     return Finding(
-        "loss-not-log-probabilities",
+        "samples-mixed" if dim == 0 else "loss-not-log-probabilities",
         "error",
         f"The loss takes probabilities over the {what}, and not over the classes",
         where="loss",
@@ -227,7 +229,7 @@ def mixture(context: Context) -> Iterator[Finding]:
 def together(context: Context) -> Iterator[Finding]:
     """Find a loss without labels that is lowest where all samples have one output. Measured with outputs alone."""
     found = context.probes.together
-    if found is None:
+    if found is None or context.probes.peak is not None:
         return
     here, there = _numbers(found)
     yield Finding(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gramian.inspection.experiments.asking import has_negatives
 from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.passes.losses import VALUES
 
@@ -30,7 +31,7 @@ def falls(asked: Asked) -> tuple[float, float, float] | None:
         return None
     # Where actions are weighted by advantages, some samples fall and others rise.
     rising = replay.gradients([replay.outputs[0] + far])[0] > 0
-    return None if float(rising.float().mean()) > SOME else (below, here, above)
+    return None if float(rising.float().mean()) > SOME or has_negatives(asked) else (below, here, above)
 
 
 def plunges(asked: Asked) -> tuple[float, float, float] | None:
@@ -57,6 +58,6 @@ def plunges(asked: Asked) -> tuple[float, float, float] | None:
             outputs = [t + step * FAR if k == i else t for k, t in enumerate(replay.outputs)]
             rises = (replay.gradients(outputs)[i] * step).flatten(1 if own.ndim > 1 else 0)
             rises = rises.sum(1) if own.ndim > 1 else rises
-            if float((rises > 0).float().mean()) <= SOME:
+            if float((rises > 0).float().mean()) <= SOME and not has_negatives(asked):
                 return start, near, far
     return None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gramian.batch import LABELS, first_samples, main_input, mapped, parts, tensors
 from gramian.errors import InputError
+from gramian.inspection.passes.dropping import DROPOUTS, share_dropped
 from gramian.inspection.passes.following import Follower
 from gramian.inspection.passes.given import given_of, taken_of
 from gramian.inspection.passes.moments import first_float
@@ -27,14 +28,10 @@ __all__ = ["Evaluated", "evaluate"]
 # A row of an output counts as changed if it moves by this share of the rows' size. Products of the same shapes round
 # each row alike, whatever the others hold.
 MOVED = 1e-5
+# The name of what the model is called with, among its modules.
+GIVEN = "(given)"
 # Samples from which on a mixture is looked for, and how many are enough: what mixes more mixes these.
 FEW, ENOUGH = 4, 7
-
-# Functions that drop; whether they do where nobody says whether it is training.
-_DROPOUT: dict[Callable, bool] = {
-    F.dropout: True, F.dropout1d: True, F.dropout2d: True, F.dropout3d: True,
-    F.alpha_dropout: False, F.feature_alpha_dropout: False,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,10 +155,7 @@ def _acts(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether a call drops something; attention has no flag for training, and drops whatever the mode."""
     if func is F.scaled_dot_product_attention:
         return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
-    if func not in _DROPOUT:
-        return False
-    p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-    return p > 0 and bool(args[2] if len(args) > 2 else kwargs.get("training", _DROPOUT[func]))
+    return func in DROPOUTS and share_dropped(func, args, kwargs) > 0
 
 
 def _first_change(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]]) -> tuple[str, str] | None:
@@ -172,9 +166,12 @@ def _first_change(before: list[tuple[str, Tensor]], after: list[tuple[str, Tenso
     inner = slice(1, max(2, before[0][1].shape[1] - 1))
     pairs = [(a[:2, inner], b[:2, inner]) for (_, a), (_, b) in zip(before, after, strict=True)]
     moved = [i for i, (a, b) in enumerate(pairs) if _differ(a, b)]
+    if any(before[i][0] == GIVEN for i in moved):
+        return None  # the loss has paired the rows with others
     if not moved or not (whole[-1] in moved or _is_same_for_all(before[whole[-1]][1])):
         return None
-    return before[moved[0]][0], before[moved[0] - 1][0] if moved[0] else ""
+    names = [name for name, _ in before[: moved[0]] if name != GIVEN]
+    return before[moved[0]][0], names[-1] if names else ""
 
 
 def _separate_rows(model: nn.Module, batch: Any) -> int:
@@ -271,7 +268,13 @@ def _watched(model: nn.Module, rows: int, dim: int) -> Iterator[list[tuple[str, 
 
         return keep
 
-    with hooks([module.register_forward_hook(hook(name)) for name, module in model.named_modules()] if rows else []):
+    def keep_given(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for t in tensors((args, kwargs)):
+            hook(GIVEN)(module, (), t)
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()] if rows else []
+    handles += [model.register_forward_pre_hook(keep_given, with_kwargs=True)] if rows else []
+    with hooks(handles):
         yield found
 
 

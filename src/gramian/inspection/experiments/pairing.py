@@ -20,6 +20,10 @@ NARROW = 4
 DRAWS, EQUAL = 4, 1e-5
 # Steps down from random outputs.
 STEPS = 12
+# How much larger than the outputs random ones are made until the loss has a slope for some samples.
+LARGER = (1.0, 4.0, 16.0)
+# Share of the samples that then have one.
+ACTIVE = 0.2
 # Share of its size by which a loss rises where it should fall.
 RISES = 0.03
 
@@ -81,8 +85,19 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
     def draw(shape: torch.Size, like: Tensor) -> Tensor:
         return torch.randn(shape, generator=generator).to(like) * size
 
-    slopes = [float(g.abs().amax()) for g in replay.gradients([draw(t.shape, t) for t in outputs])]
-    if not all(0 < slope < math.inf for slope in slopes):
+    slopes: list[float] = []
+    for by in LARGER:  # a margin may hide small ones
+        gradients = replay.gradients([draw(t.shape, t) * by for t in outputs])
+        slopes = [float(g.abs().amax()) for g in gradients]
+        if max(float(g.any(1).float().mean()) for g in gradients) >= ACTIVE:
+            size *= by
+            break
+    if not all(slope < math.inf for slope in slopes) or not any(slopes):
+        return None
+    if any(
+        slope == 0 and _counts(replay, i, draw(t.shape, t))
+        for i, (slope, t) in enumerate(zip(slopes, outputs, strict=True))
+    ):
         return None
     row = {t.shape[1]: draw(t.shape[1:], t) for t in outputs}
     equal = [row[t.shape[1]].expand_as(t).clone() for t in outputs]
@@ -99,9 +114,14 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
     near = replay.value([t + 0.1 * draw(t.shape, t) for t in equal])
     bound = EQUAL * max(map(abs, (*tries, there)))
     is_lowest = (
-        all(one >= there - bound for one in (*tries, near)) and sum(one > there + bound for one in tries) > DRAWS
+        all(one >= there - bound for one in (*tries, near)) and sum(one > there + bound for one in tries) >= DRAWS
     )
     return (here, there) if is_lowest else None
+
+
+def _counts(replay: Replay, i: int, values: Tensor) -> bool:
+    """Whether an output without a gradient has an effect, as the side of a pair that is detached."""
+    return replay.value([*replay.outputs[:i], values, *replay.outputs[i + 1 :]]) != replay.here
 
 
 def _descended(replay: Replay, outputs: list[Tensor], size: float) -> float:

@@ -12,18 +12,25 @@ from torch import Tensor, nn
 from gramian.batch import main_input, mapped, num_samples
 from gramian.inspection.experiments.choices import Choices, along_choices
 from gramian.inspection.experiments.compared import label_names
+from gramian.inspection.experiments.concave import Concave, is_concave
 from gramian.inspection.experiments.contrasting import Contrast, pulled_apart
+from gramian.inspection.experiments.densities import Density, log_determinant
 from gramian.inspection.experiments.endless import falls, plunges
 from gramian.inspection.experiments.flat import largest_slope
+from gramian.inspection.experiments.ignored import Ignored, ignored_classes
 from gramian.inspection.experiments.ordering import ignores_order
 from gramian.inspection.experiments.padded import Reading, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
+from gramian.inspection.experiments.peaks import Peak, at_labels
 from gramian.inspection.experiments.profiles import Profile, along_outputs
+from gramian.inspection.experiments.ranges import Beyond, beyond_range
 from gramian.inspection.experiments.recutting import Recut, recut
 from gramian.inspection.experiments.replaying import Asked, are_equal, loss_of, outputs_of
 from gramian.inspection.experiments.rows import Rows, compared_rows
+from gramian.inspection.experiments.shortcuts import OneWay, Shortcut, one_way, shortcut
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
+from gramian.inspection.experiments.two_values import TwoValues, of_two_values
 from gramian.inspection.experiments.unused import Idle, Unused, idle_half, idle_targets, without_columns, without_effect
 from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
@@ -58,6 +65,14 @@ TRIED = {
     "labels": "which tensors the loss compares outputs with",
     "columns": "whether each column of the input has an effect",
     "slope": "whether the loss has a slope at all",
+    "density": "whether an output is a log-determinant, and lowers the loss",
+    "peak": "whether the loss is highest at its labels, or adds them up",
+    "two_values": "whether the loss has an end where outputs are as labels of two values say",
+    "one_way": "whether a loss without labels is least with one large output for all samples",
+    "concave": "whether the loss bends down on all sides",
+    "shortcut": "whether an output makes the loss small for any labels",
+    "beyond": "whether the loss draws outputs beyond their range",
+    "ignored": "whether a loss of one's own leaves classes out",
     "recut": "whether a reshape gives an axis another place",
     "share_of_constant": "the loss with equal outputs for all samples",
 }
@@ -104,6 +119,14 @@ class Probes:
         labels: the tensors that the model is not given, and with which alone an output is compared.
         columns: of an input of few columns, its name, those without an effect, and how many there are.
         slope: the largest sum of its gradients by outputs, as they are and drawn.
+        density: what is wrong with the log-determinant of another output.
+        peak: where the loss is highest at its labels, or adds them up.
+        two_values: what is wrong with labels of two values.
+        one_way: the loss with one large output for all samples, where it takes no labels and is least there.
+        concave: the loss at the ends of a line, where it lies above all its chords.
+        shortcut: a part of the outputs that makes the loss small for any labels.
+        beyond: a range that ends before the labels.
+        ignored: classes that a loss of one's own leaves out.
         recut: a reshape that gives an axis another place.
         share_of_constant: the loss over that with the same output for all samples.
     """
@@ -132,6 +155,14 @@ class Probes:
     labels: tuple[str, ...] = ()
     columns: tuple[str, tuple[int, ...], int] | None = None
     slope: float | None = None
+    density: Density | None = None
+    peak: Peak | None = None
+    two_values: TwoValues | None = None
+    one_way: OneWay | None = None
+    concave: Concave | None = None
+    shortcut: Shortcut | None = None
+    beyond: Beyond | None = None
+    ignored: Ignored | None = None
     recut: Recut | None = None
     share_of_constant: float | None = None
 
@@ -275,6 +306,7 @@ def _sum_over(asked: Asked) -> int | None:
 _PROBES = (
     _unlinked, _cut, _is_affine, _sum_over, falls, plunges, without_effect, idle_half, idle_targets, ignores_order,
     against_labels, silent_columns, silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding,
-    along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope, recut,
+    along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope,
+    log_determinant, at_labels, of_two_values, one_way, is_concave, shortcut, beyond_range, ignored_classes, recut,
     constant_loss,
 )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramian.batch import mapped
+from gramian.inspection.experiments.asking import is_by_sample
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import Given, given_of
 
@@ -73,7 +74,7 @@ def along_outputs(asked: Asked) -> Profile | None:
     asked_of = [
         (i, one, rises)
         for i, out in enumerate(replay.outputs)
-        if out.ndim and len(out) >= LEAST and not _is_normalized(out) and _is_by_sample(replay, i)
+        if out.ndim and len(out) >= LEAST and not _is_normalized(out) and is_by_sample(replay, i)
         for one in given
         if _columns(one.values[0], out) and (rises := _rises(replay, i, one.values[0]))
     ]
@@ -126,15 +127,6 @@ def _slopes(replay: Replay, i: int, by: float, column: int = -1, batch: Any = No
     return replay.gradients(_moved(replay, i, by, column), batch)[i].double()
 
 
-def _is_by_sample(replay: Replay, i: int) -> bool:
-    """Whether another output for every other sample leaves the gradients of the rest as they are."""
-    values = replay.outputs[i].clone()
-    values[::2] += 1.0
-    changed = replay.gradients([*replay.outputs[:i], values, *replay.outputs[i + 1 :]])[i]
-    rest, before = changed[1::2], replay.slopes[i][1::2]
-    return bool(rest.isfinite().all()) and float((rest - before).abs().amax()) <= EQUAL * float(before.abs().amax())
-
-
 def _rises(replay: Replay, i: int, t: Tensor) -> list[Tensor]:
     """By how much gradients are larger with a large label than with a small one for all, at some places; those that are
     numbers, none where the label has no effect."""
@@ -175,23 +167,41 @@ def _reversed(replay: Replay, i: int, label: Given, rises: list[Tensor]) -> Prof
     for c, v in views:
         if not bool((v >= -bound).all()) or not bool((v > bound).any(0).all()):
             continue
-        for by in (10 * far, LEVELS[-1]):  # where an exponential overflows, the nearer
-            below, above = (g if c < 0 else g[:, c] for g in (_slopes(replay, i, at, c) for at in (-by, by)))
-            if bool((below.isfinite() & above.isfinite()).all()):
-                has_minimum = float(((below < 0) & (above > 0)).double().mean()) > 0.5
-                is_critic = _is_of_two(t) and torch.allclose(below, above, rtol=EQUAL, atol=0.0)
-                if not is_critic and (not has_minimum or (c < 0 and _is_at_minus(replay, i, t))):
-                    slopes = (float(below.mean()), float(above.mean()))
-                    return Profile("reversed", label.name, max(c, 0), tuple(out.shape), slopes)
-                break
+        ends = [
+            tuple(g if c < 0 else g[:, c] for g in (_slopes(replay, i, at, c) for at in (-by, by)))
+            for by in (10 * far, *reversed(LEVELS[-3:]))
+        ]  # where an exponential overflows, or has ended, the nearer
+        ends = [(low, high) for low, high in ends if bool((low.isfinite() & high.isfinite()).all())]
+        if not ends:
+            continue
+        below, above = ends[0]
+        turns = torch.stack([low < 0 for low, _ in ends]).any(0) & torch.stack([high > 0 for _, high in ends]).any(0)
+        has_minimum = float(turns.double().mean()) > 0.5
+        is_critic = _is_of_two(t) and torch.allclose(below, above, rtol=EQUAL, atol=0.0)
+        largest = max(float(torch.maximum(low.abs(), high.abs()).amax()) for low, high in ends)
+        falls = float(below.mean()) > FLAT * largest or float(above.mean()) < -FLAT * largest
+        is_endless = not has_minimum and (falls or _is_of_two(t))  # else a score of whether there is something at all
+        if not is_critic and (is_endless or _is_at_minus(replay, i, t, c)):
+            return Profile(
+                "reversed", label.name, max(c, 0), tuple(out.shape), (float(below.mean()), float(above.mean()))
+            )
     return None
 
 
-def _is_at_minus(replay: Replay, i: int, t: Tensor) -> bool:
-    """Whether the loss is stationary where outputs are minus the labels, and is not beside that."""
-    at = -t.reshape(replay.outputs[i].shape).to(replay.outputs[i].dtype)
-    runs = ([*replay.outputs[:i], v, *replay.outputs[i + 1 :]] for v in (at, at - 1, at + 1))
-    here, below, above = (replay.gradients(outputs)[i].abs() for outputs in runs)
+def _is_at_minus(replay: Replay, i: int, t: Tensor, column: int) -> bool:
+    """Whether the loss is stationary where outputs, or a column, are minus the labels, and is not beside that."""
+    out = replay.outputs[i]
+
+    def slope(by: float) -> Tensor:
+        values = out.clone()
+        if column < 0:
+            values = (by - t).reshape(out.shape).to(out.dtype)
+        else:
+            values[:, column] = (by - t).flatten().to(out.dtype)
+        found = replay.gradients([*replay.outputs[:i], values, *replay.outputs[i + 1 :]])[i].abs()
+        return found if column < 0 else found[:, column]
+
+    here, below, above = (slope(by) for by in (0.0, -1.0, 1.0))
     return bool((here <= FLAT * torch.minimum(below, above)).all())
 
 

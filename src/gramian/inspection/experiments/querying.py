@@ -50,7 +50,7 @@ class OverQueries:
                 self.products[id(made)] = made  # scores, by queries and keys
         elif func in _SOFTMAX and given and id(given[0]) in self.products:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            if dim in (-2, made.ndim - 2) and min(made.shape[-2:]) > 1:
+            if dim in (-2, made.ndim - 2) and made.shape[-1] > 1:
                 self.weights[id(made)] = made
         elif func in _MOVES and given and id(given[0]) in self.weights and given[0].shape == made.shape:
             self.weights[id(made)] = made
@@ -64,6 +64,8 @@ def _is_parameter(t: Tensor) -> bool:
     for _ in range(NEAR):
         if node is None or hasattr(node, "variable"):
             return True
+        if "Embedding" in node.name():  # rows that the tokens choose
+            return False
         if len(node.next_functions) != 1:
             return False
         node = node.next_functions[0][0]

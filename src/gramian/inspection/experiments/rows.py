@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gramian.batch import mapped
+from gramian.inspection.experiments.asking import is_by_sample
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import given_of
 
@@ -14,6 +15,10 @@ __all__ = ["Rows", "compared_rows"]
 
 # Differences of gradients that are zero or equal up to rounding, as a share of the largest.
 EQUAL = 1e-3
+# Of a row that is not compared with a number at all, as a share of the largest row.
+STILL = 1e-6
+# Gradients that sums in another order make equal, as a share of the largest.
+ORDER = 1e-4
 # Samples that are looked at, and outputs from which on all alike are no chance.
 SAMPLES, LEAST = (0, 2), 4
 # How far a number is moved, in the largest of numbers and outputs, so that absolute values change their slope too.
@@ -25,7 +30,8 @@ class Rows:
     """What is wrong between samples.
 
     Attributes:
-        kind: "shifted" (another sample's output is moved, and its own is not), "all" (all are, by the same).
+        kind: "shifted" (another sample's output is moved, and its own is not), "all" (all are, by the same, or
+            whatever the order).
         label: the tensor, as Python reads it off a batch.
         rows: a sample, and the output that it moves; of "all" the shapes' lengths.
         shapes: of the tensor and of the output.
@@ -60,21 +66,43 @@ def compared_rows(asked: Asked) -> Rows | None:
         if not t.is_floating_point() or len(t) < LEAST or not bool(t.isfinite().all()):
             continue
         first = _moved(replay, t, SAMPLES[0])
+        largest = max((float(moved.abs().amax()) for moved in first if moved is not None), default=0.0)
         for i, moved in enumerate(first):
             out = replay.outputs[i]
-            if moved is None or len(moved) != len(t):
+            if moved is None or len(moved) != len(t) or float(moved.abs().amax()) <= STILL * largest:
                 continue
             shapes = (tuple(t.shape), tuple(out.shape))
             if _are_alike(moved):
                 again = _moved(replay, t, SAMPLES[1])[i]
                 if again is not None and _are_alike(again):
                     return Rows("all", one.name, (len(t), len(out)), shapes)
+            if (
+                t.numel() == len(t)
+                and bool(moved.reshape(len(moved), -1).any(1).all())
+                and _is_in_any_order(replay, i, t)
+            ):
+                return Rows("all", one.name, (len(t), len(out)), shapes)
             other = _alone(moved, SAMPLES[0])
             if other is not None:
                 again = _moved(replay, t, SAMPLES[1])[i]
                 if again is not None and _alone(again, SAMPLES[1]) is not None:
                     return Rows("shifted", one.name, (SAMPLES[0], other), shapes)
     return None
+
+
+def _is_in_any_order(replay: Replay, i: int, t: Tensor) -> bool:
+    """Whether numbers in another order give the same gradients, and each output's depends on no other output.
+
+    A distance of distributions takes its samples in any order too, and there each output's depends on all.
+    """
+    if not is_by_sample(replay, i):
+        return False
+    for shift in (1, 3):
+        batch = mapped(replay.batch, lambda v, shift=shift: v.roll(shift, 0) if v is t else v)
+        runs = zip(replay.gradients(replay.outputs, batch), replay.slopes, strict=True)
+        if not all(float((a - b).abs().amax()) <= ORDER * float(b.abs().amax()) for a, b in runs):
+            return False
+    return True
 
 
 def _moved(replay: Replay, t: Tensor, sample: int) -> list[Tensor | None]:
@@ -94,6 +122,10 @@ def _moved(replay: Replay, t: Tensor, sample: int) -> list[Tensor | None]:
     return [None] * len(replay.outputs)
 
 
+def _are_all_moved(moved: Tensor) -> bool:
+    return bool(moved.reshape(len(moved), -1).any(1).all())
+
+
 def _are_alike(moved: Tensor) -> bool:
     """Whether all rows differ by the same."""
     return float((moved - moved[0]).abs().amax()) <= EQUAL * float(moved.abs().amax())
@@ -102,5 +134,5 @@ def _are_alike(moved: Tensor) -> bool:
 def _alone(moved: Tensor, own: int) -> int | None:
     """The one row that differs, where it is not its own."""
     sizes = moved.flatten(1).abs().amax(1) if moved.ndim > 1 else moved.abs()
-    rows = (sizes > EQUAL * float(sizes.max())).nonzero().flatten().tolist()
+    rows = (sizes > STILL * float(sizes.max())).nonzero().flatten().tolist()
     return rows[0] if len(rows) == 1 and rows[0] != own else None

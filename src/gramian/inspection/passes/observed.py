@@ -293,12 +293,15 @@ class Observed:
         softmax_over_rows: shape of a matrix that had a softmax over its first dimension outside all modules but the
             whole model.
         bootstrapped: whether a loss compares an output with data plus another one, and both have a gradient.
+        single_softmax: by module, the shape of scores of one matrix over one of which a softmax is taken.
         over_queries: by module in which weights that sum to one over the queries are those of keys, their shape.
         output: the model's, the first tensor of it.
         changed: the tensors of the first batch that a pass writes into, as Python reads them off a batch.
         fed: keys of the tensors with which the model was called.
         raw: the data that layers take as they are.
         ends: of the function that made it.
+        output_ends: those of each tensor of numbers that the model gave, `None` where there are none.
+        dropouts: by module in which `F.dropout` drops values, the largest share.
         scores_end: of the function, in the model or outside, that made what a binary cross-entropy of scores is given.
         cosines: where the loss's scores are cosines.
         reductions: means and sums that cancel.
@@ -350,12 +353,15 @@ class Observed:
     broadcast: Broadcast | None = None
     softmax_over_rows: torch.Size | None = None
     bootstrapped: bool = False
+    single_softmax: dict[str, tuple[int, ...]] = field(default_factory=dict)
     over_queries: dict[str, tuple[int, ...]] = field(default_factory=dict)
     output: Tensor | None = None
     changed: tuple[str, ...] = ()
     fed: set[tuple[int, int]] = field(default_factory=set)
     raw: list[Raw] = field(default_factory=list)
     ends: Ends | None = None
+    output_ends: tuple[Ends | None, ...] = ()
+    dropouts: dict[str, float] = field(default_factory=dict)
     scores_end: Ends | None = None
     cosines: Cosines | None = None
     reductions: list[Reduction] = field(default_factory=list)

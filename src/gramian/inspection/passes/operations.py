@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gramian.inspection.experiments.querying import OverQueries
 from gramian.inspection.passes.attention import NUM_SAMPLES, attention_weights, entropy_and_masked, visible_keys
+from gramian.inspection.passes.dropping import DROPOUTS, share_dropped
 from gramian.inspection.passes.elementwise import ElementWise
 from gramian.inspection.passes.gate_functions import ADDITIONS
 from gramian.inspection.passes.gating import Gating
@@ -111,8 +112,14 @@ class Operations:
             self.over_queries.see(name, func, args, kwargs, given, made)
             self.elementwise.see(self.seen, func, given, made)
         self.gating.see(name, order, func, args, kwargs, given, made)
+        if func in DROPOUTS and not self.live:
+            self.seen.dropouts[name] = max(share_dropped(func, args, kwargs), self.seen.dropouts.get(name, 0.0))
         if func in _SOFTMAX and given and not self.live:
             self._routing(name, order, given[0], made)
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            is_single = isinstance(dim, int) and made.ndim > 2 and made.shape[dim] == 1 < made.shape[1]
+            if is_single and trace(given[0], self.names).sources:
+                self.seen.single_softmax.setdefault(name, tuple(made.shape))
         if func in _RECTIFIERS:
             self._activation(name, order, _RECTIFIERS[func], made, None)
         elif func in _BOUNDED:

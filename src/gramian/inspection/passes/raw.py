@@ -60,14 +60,18 @@ class RawData:
         outputs = list(tensors_of((output,)))
         data = [t for t in given if id(t) in self.raw]
         if not data:
-            if any(id(t) in self.names or id(t) in self.made or t.requires_grad for t in given):
+            if any(self._is_made(t) for t in given):
                 self.made |= {id(t) for t in outputs}
-        elif any(id(t) in self.names or id(t) in self.made or t.requires_grad for t in given):
+        elif any(self._is_made(t) for t in given):
             self.made |= {id(t) for t in outputs}
             if function in _JOINS and outputs:
                 self.joined[id(outputs[0])] = (outputs[0], data)
         else:
             self.raw |= {id(t): t for t in outputs}
+
+    def _is_made(self, t: Tensor) -> bool:
+        """Whether parameters have made a value, or may have."""
+        return id(t) not in self.raw and (id(t) in self.names or id(t) in self.made or t.requires_grad)
 
 
 def _rows(t: Tensor, function: str) -> Tensor:

@@ -98,15 +98,20 @@ class Watcher(Follower):
         if not name:
             self.held -= {id(t) for t in tensors_of((*args, *kwargs.values()))}
         if not name and not self.live and not self.careful:
-            given = [t for t in tensors_of((*args, *kwargs.values())) if t.ndim and not t.requires_grad]
+            called = [t for t in tensors_of((*args, *kwargs.values())) if t.ndim]
+            given = [t for t in called if not t.requires_grad]
             if not in_vmap():  # whose tensors have no storage
                 self.seen.fed |= {key(t) for t in given}
-            self.raw.start(given)
+            # What the loss differentiates by is data too, where no parameter has made it.
+            self.raw.start(given + [t for t in called if t.requires_grad and self._is_of_data(t)])
         if not self.careful and isinstance(module, nn.modules.batchnorm._BatchNorm):
             given = first_float(*args, *kwargs.values())
             if given is not None and given.ndim > 1 and given.numel() > given.shape[1]:
                 with torch._C.DisableTorchFunction():  # before the call, which updates the statistics
                     self._compare_statistics(name, module, given)
+
+    def _is_of_data(self, t: Tensor) -> bool:
+        return not any(leaf in self.names for leaf in (id(t), *leaves_of(t)))
 
     def returned(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         with torch._C.DisableTorchFunction():
@@ -122,6 +127,9 @@ class Watcher(Follower):
             self.seen.output = made.detach()
             if self.ended is not None and (made is self.ended[0] or made._base is self.ended[0]):
                 self.seen.ends = self.ended[1]
+            found: list[Ends | None] = []
+            mapped(output, lambda t: found.append(self.bounded.get(id(t))) or t if t.is_floating_point() else t)
+            self.seen.output_ends = tuple(found)
         self.operations.made_by.setdefault(id(made), []).append(name)
         self._know(made)
         given = first_float(*args, *kwargs.values())

@@ -222,12 +222,15 @@ def _overridden(entry: Entry, pattern: str, value: Any, checkpoint: Checkpoint) 
 
 
 def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[str, Any]) -> list[Holding]:
-    """The holdings from embeddings to head, `layers.2` before `layers.10`, with the head marked.
+    """The holdings from embeddings to head, with the head marked.
 
-    A file keeps no order of layers, so the last is the head only where no table of tokens is: a head that is tied to
-    one may not be in the file. An adapter has those of its modules that it changes.
+    In between they stand as in the file, or, where its names are in the order of the alphabet, `layers.2` before
+    `layers.10`. A file need not keep the order of layers, so the last is the head only where no table of tokens is: a
+    head that is tied to one may not be in the file. An adapter has those of its modules that it changes.
     """
-    ordered = sorted(holdings, key=lambda h: _place(h.entry.name, h.role))
+    names = [name for name, entry in checkpoint.entries.items() if not entry.made]
+    kept = {name: i for i, name in enumerate(checkpoint.entries)} if names != sorted(names) else None
+    ordered = sorted(holdings, key=lambda h: _place(h.entry.name, h.role, kept))
     if known:
         return ordered
     tied = {e.tied_to for e in checkpoint.entries.values() if e.tied_to}
@@ -240,6 +243,7 @@ def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[s
     return sorted(ordered, key=lambda h: h.role == "head" and h.entry.name in settled)
 
 
-def _place(name: str, role: Role) -> tuple[int, list[tuple[int, int | str]]]:
-    """Order embeddings, the body with `layers.2` before `layers.10`, then heads."""
-    return {"embedding": 0, "hidden": 1, "elementwise": 1, "head": 2}[role], natural_order(name)
+def _place(name: str, role: Role, kept: Mapping[str, int] | None) -> tuple[int, Any]:
+    """Order embeddings, the body by its places in the file or with `layers.2` before `layers.10`, then heads."""
+    order = natural_order(name) if kept is None else kept.get(name, len(kept))
+    return {"embedding": 0, "hidden": 1, "elementwise": 1, "head": 2}[role], order
