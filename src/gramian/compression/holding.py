@@ -51,7 +51,8 @@ class Holding:
 
     def at(self, samples: int) -> int:
         """The most that is held with batches of so many samples."""
-        passing = 3 * self.moments // 2 + self.update + samples * self.sample  # rows wait in float32 until they are many
+        waiting = self.moments // 2  # rows, in float32, until they are as many as they are wide
+        passing = self.moments + waiting + self.update + samples * self.sample
         reading = self.weights  # once more, as the file's
         return int(SLACK * (self.weights + max(reading, passing, self.factoring + samples * self.sample))) + LOADED
 
