@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from gramian.batch import described, fields, num_samples
 from gramian.errors import GramianWarning, InputError
@@ -117,6 +117,25 @@ def looks_like_one(batches: Any) -> bool:
     floats = [(t, t.is_floating_point() if isinstance(t, Tensor) else t.dtype.kind == "f") for t in batches]
     kinds = {(t.ndim, floating, t.shape[1:] if floating and t.ndim == 2 else ()) for t, floating in floats}
     return len(kinds) > 1
+
+
+def is_in_memory(batches: Iterable[Any]) -> bool:
+    """Whether more batches cost next to nothing: a list, or a loader of tensors without workers.
+
+    Args:
+        batches: as `as_batches` returns it.
+
+    Returns: true where they do.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> is_in_memory([1, 2]), is_in_memory(iter([1, 2]))
+    (True, False)
+    """
+    if isinstance(batches, DataLoader):
+        return isinstance(batches.dataset, TensorDataset) and batches.num_workers == 0
+    return isinstance(batches, (list, tuple))
 
 
 def first_few(batches: Iterable[Any], num: int, verb: str) -> list[Any]:

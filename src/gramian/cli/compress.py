@@ -89,6 +89,14 @@ def command(
     batches; the first one does the rest.
     """
     from gramian import report
+
+    if json is not None:
+        report.check_target(json, (".json",))
+    if out is not None:
+        _check_free(out)
+        report.check_folder(out, "Choose another --out.")
+    if plan is not None and not plan.exists():  # else it is read
+        report.check_target(plan, (plan.suffix.lower(),))
     from gramian.compression import save_compressed
     from gramian.compression.deciding import Target, decide
     from gramian.compression.making import plan_for
@@ -102,10 +110,6 @@ def command(
         return
     zeros = None if sparsity is None else sparsity if ":" in sparsity else _number(sparsity)
     target = Target(keep, max_drop, speedup, size, bits, zeros, by.value, narrow)
-    if json is not None:
-        report.check_target(json, (".json",))
-    if out is not None:
-        _check_free(out)
     with told_once(), ranks() as first, Stages(quiet or not first) as stages:
         if not first:
             warnings.simplefilter("ignore", GramianWarning)  # the first rank has the same
@@ -206,8 +210,6 @@ def _check_free(out: Path) -> None:
     """Refuse a folder that holds something, before anything is computed."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"compress: {out} exists already. Choose another --out, or delete it")
-    if not out.resolve().parent.is_dir():
-        raise InputError(f"compress: the folder {out.parent} for --out does not exist. Create it first")
 
 
 def _make(out: Path) -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import wraps
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gramian.alignment import labels_of
 from gramian.batch import has_arrays, mapped
 from gramian.calls import as_model
-from gramian.errors import InputError
+from gramian.errors import GramianError, InputError
 from gramian.inspection.causes import CAUSES, Context, ordered
-from gramian.inspection.causes.data import labels_in_range
+from gramian.inspection.causes.data import labels_in_range, lost_labels
 from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.experiments.adapting import moved_by_steps
 from gramian.inspection.experiments.curvature import measure_curvature
@@ -36,7 +37,7 @@ from gramian.inspection.passes.signal import SIGNAL, in_words, measure_signal
 from gramian.inspection.rules import ADAMW_EPS, find
 from gramian.inspection.weights.of_files import measure_file
 from gramian.inspection.weights.of_model import measure_model
-from gramian.loader import Batches, as_batches, first_few, with_samples
+from gramian.loader import Batches, as_batches, first_few, is_in_memory, with_samples
 from gramian.objective import Objective, as_objective
 from gramian.recording.failing import check_runs
 from gramian.recording.keeping import keeping, kept_random
@@ -49,6 +50,9 @@ __all__ = ["inspect"]
 # What a report says it looked at, or not.
 STEPS = "optimizer's steps"
 FAILING = "causes in training steps"
+
+# Batches beyond those that are looked at, of which the rows are read where all are in memory.
+NUM_FURTHER = 12
 
 
 def inspect(
@@ -101,15 +105,18 @@ def inspect(
         measured.skipped |= {SIGNAL: "no batches and objective were given"}
         return _report(title or type(model_or_path).__name__, measured)
     with kept_random():
-        few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
+        batches = as_batches(batches, "inspect")
+        most = NUM_FURTHER if is_in_memory(batches) else 0
+        few = first_few(batches, NUM_BATCHES + most, "inspect")
     few = [mapped(batch, lambda t: t) if has_arrays(batch) else batch for batch in few]
+    few, further = few[:NUM_BATCHES], few[NUM_BATCHES:]
     num_read, few = len(few), with_samples(few, "inspect")
     objective = as_objective(objective)
     kept = KeptBatches(few)
     with keeping(model_or_path, objective.predict, objective.criterion), ExitStack() as after:
         after.callback(kept.put_back)
         after.enter_context(taking_what_is_not_finite(model_or_path, few))
-        given = model_or_path, few, _on_kept(objective, kept), optimizer
+        given = model_or_path, few, further, _on_kept(objective, kept), optimizer
         measured, found = _with_data(*given, curvature=curvature, options=options, progress=progress)
     if num_read > len(few):
         measured.notes.append(f"Batches without samples, which were left out: {num_read - len(few)} of {num_read}.")
@@ -131,6 +138,7 @@ def _on_kept(objective: Objective, kept: KeptBatches) -> Objective:
 def _with_data(
     model: nn.Module,
     few: list[Any],
+    further: list[Any],
     objective: Objective,
     optimizer: Optimizer | None,
     *,
@@ -145,7 +153,7 @@ def _with_data(
     sizes = observed.image_sizes if observed is not None else {}
     measured = measure_model(model, progress, image_sizes=sizes, **options)
     measured.skipped |= skipped
-    found = _measure_signal(measured, model, few, objective, observed, optimizer, options["layouts"], progress)
+    found = _measure_signal(measured, model, few, further, objective, observed, optimizer, options["layouts"], progress)
     if curvature:
         measure_curvature(measured, model, few, objective, optimizer, progress)
     return measured, found
@@ -184,10 +192,20 @@ def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Ob
         return None, {FAILING: in_words(error)}
 
 
+def _labels(few: Sequence[Any]) -> list[Tensor]:
+    """The labels of the batches that have some."""
+    found = []
+    for batch in few:
+        with suppress(GramianError, TypeError, ValueError, KeyError, IndexError):
+            found.append(labels_of(batch))
+    return [y for y in found if isinstance(y, Tensor)]
+
+
 def _measure_signal(
     measured: Measured,
     model: nn.Module,
     few: list[Any],
+    further: list[Any],
     objective: Objective,
     observed: Observed | None,
     optimizer: Optimizer | None,
@@ -200,8 +218,9 @@ def _measure_signal(
             measure_signal(measured, model, few[0], objective, layouts, progress)
         except Exception as error:  # training steps fail, and so may this
             measured.skipped |= {SIGNAL: in_words(error)}
-        return list(training_fails(measured.skipped[FAILING])) if FAILING in measured.skipped else []
-    context = Context(model, observed, optimizer, layers=measured.layers)
+        lost = lost_labels(_labels(few))
+        return lost or (list(training_fails(measured.skipped[FAILING])) if FAILING in measured.skipped else [])
+    context = Context(model, observed, optimizer, layers=measured.layers, further=further)
     measured.frozen = frozenset(context.frozen if len(context.frozen) < len(context.parameters) else ())
     if observed.error is not None:
         measured.skipped |= {SIGNAL: f"the loss fails: {in_words(observed.error)}"}
@@ -263,6 +282,9 @@ def _measure_signal(
         measured.facts |= {"loss in evaluation mode": context.evaluated.loss}
     measured.notes.append(
         f"Looked at {len(few)} batches, and no more were read: all for the data, the first for the signal."
+        if len(few) > 1 and not further
+        else f"Looked at {len(few)} batches, all for the data, the first for the signal; of up to {len(further)} more, "
+        "which are in memory, at whether rows belong together."
         if len(few) > 1
         else "Looked at one batch."
     )

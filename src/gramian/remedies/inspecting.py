@@ -17,7 +17,7 @@ from gramian.calls import as_model
 from gramian.errors import InputError, UnsupportedError
 from gramian.inspection import inspect as diagnose
 from gramian.inspection.trainability import DECADES_LOST, decades_lost
-from gramian.loader import Batches, as_batches, first_few, no_batches, with_samples
+from gramian.loader import Batches, as_batches, first_few, is_in_memory, no_batches, with_samples
 from gramian.misuse import known_names
 from gramian.objective import Objective, as_objective
 from gramian.placement import is_distributed
@@ -79,8 +79,9 @@ def inspect(
     Args:
         model_or_path: a module; or a `.safetensors` file, a Hugging Face folder, or a `.pt` state dict, of which
             nothing is executed.
-        batches: a `DataLoader`, a list or another iterable of batches, of which the first four are read, and with
-            `verify` up to 16; see docs/objectives.md. Most is measured on the first.
+        batches: a `DataLoader`, a list or another iterable of batches, of which the first four are read, and up to 16
+            with `verify` or where they are in memory: a list, or a loader of tensors without workers. See
+            docs/objectives.md. Most is measured on the first.
         objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean`.
         optimizer: made for this model. Its settings are judged, and a few of its steps are taken on a copy of both.
         verify: whether to try the remedies.
@@ -134,7 +135,11 @@ def inspect(
             return _with_decades_lost(diagnose(model_or_path, batches, objective, **options))
         if not verify:
             first: list[Any] = []
-            report = diagnose(model_or_path, _noting(as_batches(batches, "inspect"), first), objective, **options)
+            batches = as_batches(batches, "inspect")
+            if is_in_memory(batches):
+                with kept_random():
+                    batches = first_few(batches, NUM_BATCHES, "inspect")
+            report = diagnose(model_or_path, _noted(batches, first), objective, **options)
             report = _with_decades_lost(report)
             if not first or objective is None or not isinstance(model_or_path, nn.Module):
                 return report
@@ -160,8 +165,15 @@ def inspect(
             return report
 
 
-def _noting(batches: Iterable[Any], first: list[Any]) -> Iterator[Any]:
+def _noted(batches: Iterable[Any], first: list[Any]) -> Iterable[Any]:
     """The batches, the first of which is kept."""
+    if isinstance(batches, list):
+        first += batches[:1]
+        return batches
+    return _noting(batches, first)
+
+
+def _noting(batches: Iterable[Any], first: list[Any]) -> Iterator[Any]:
     for batch in batches:
         if not first:
             first.append(batch)

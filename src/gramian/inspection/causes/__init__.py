@@ -5,6 +5,7 @@ Each rule takes a `Context`, which holds a few watched training steps, and yield
 """
 
 from gramian.inspection.causes.adapting import RULES as ADAPTING
+from gramian.inspection.causes.arguments import RULES as ARGUMENTS
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.data import RULES as DATA
 from gramian.inspection.causes.derivatives import RULES as DERIVATIVES
@@ -13,6 +14,7 @@ from gramian.inspection.causes.freezing import RULES as FREEZING
 from gramian.inspection.causes.gates import RULES as GATES
 from gramian.inspection.causes.heads import RULES as HEADS
 from gramian.inspection.causes.inputs import RULES as INPUTS
+from gramian.inspection.causes.joined import RULES as JOINED
 from gramian.inspection.causes.labels import RULES as LABELS
 from gramian.inspection.causes.leaks import RULES as LEAKS
 from gramian.inspection.causes.likelihoods import RULES as LIKELIHOODS
@@ -35,7 +37,7 @@ from gramian.inspection.causes.zeroed import RULES as ZEROED
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *INPUTS, *DATA, *LABELS, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *OUTPUTS, *PAIRS, *PROBED,
-    *LEAKS, *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *MASKS, *MODULES, *GATES, *NORMS,
-    *PRECISION, *STEPPING,
+    *INPUTS, *JOINED, *DATA, *LABELS, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *OUTPUTS, *PAIRS,
+    *PROBED, *ARGUMENTS, *LEAKS, *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *MASKS,
+    *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -64,6 +64,7 @@ def places_depend(inputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Alignme
     x, y = (torch.cat([t.detach().cpu() for t in of])[:MOST] for of in (inputs, labels))
     if len(x) != len(y) or len(x) < LEAST:
         return None
+    is_of_codes = x.ndim == 2 and not x.is_floating_point() and not y.is_floating_point()  # no periodic functions
     placed = _images(x, y) if x.ndim == 4 else _sequences(x, y)
     if placed is None:
         return None
@@ -81,6 +82,8 @@ def places_depend(inputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Alignme
         return (_statistics(x, of) - mean) / deviation
 
     own, num = z(y), (len(x), x.shape[1])
+    if is_of_codes and (wrapped := _wrapped(x, y, float(own[0]))):
+        return Alignment(float(own[0]), num, wrapped)
     for name, other in _other_orders(y, shape):
         if float(z(other)[0]) > max(CERTAINLY, TIMES * float(own[0])):
             return Alignment(float(own[0]), num, name)
@@ -101,6 +104,8 @@ def _sequences(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]] |
 def _images(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
     """Features (N, HW, C) and labels (N, HW, K), of images that are made small."""
     y = y[:, None] if y.ndim == 3 else y
+    if y.ndim == 4 and y.is_floating_point() and _is_larger(y, x):  # as in super-resolution
+        y = F.adaptive_avg_pool2d(y.float(), (x.shape[2], x.shape[3]))
     if y.ndim != 4 or x.shape[2:] != y.shape[2:] or y.shape[2] * y.shape[3] < 16:
         return None
     step = max(1, math.ceil(math.sqrt(x.shape[2] * x.shape[3] / MOST_PLACES)))
@@ -114,6 +119,12 @@ def _images(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]] | No
     else:
         y = y.float().flatten(2).transpose(1, 2)
     return x.flatten(2).transpose(1, 2), y, shape
+
+
+def _is_larger(y: Tensor, x: Tensor) -> bool:
+    """Whether images are larger than others by one whole factor."""
+    k = y.shape[2] // x.shape[2]
+    return k > 1 and list(y.shape[2:]) == [k * side for side in x.shape[2:]]
 
 
 def _codes(t: Tensor) -> Tensor | None:
@@ -143,6 +154,35 @@ def _statistics(x: Tensor, y: Tensor) -> Tensor:
         product = (own[..., :, None] * last[..., None, :]).flatten(2)
         with_last = ((product - product.mean(0)).flatten(0, 1).T @ y.flatten(0, 1)).square().sum()
     return torch.stack((at_place, with_last, as_whole))
+
+
+def _wrapped(x: Tensor, y: Tensor, own: float) -> str:
+    """Some places on, where those that fall out at one end come in at the other: a roll in place of a shift.
+
+    A label that comes later than what it stands for, as an echo does, has no such end.
+    """
+    features = x[..., : max(1, x.shape[2] // 3)]
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(y), generator=generator) for _ in range(NUM_SHUFFLES)]
+    for by in range(2, x.shape[1] // 2 + 1):
+        for turned in (by, -by):
+            ends = slice(0, by) if turned > 0 else slice(-by, None)  # where those of the other end come in
+            labels, there = y[:, ends], features.roll(turned, 1)[:, ends]
+            chance = torch.stack([_covariance(there, labels[order]) for order in orders])
+            at_end = float((_covariance(there, labels) - chance.mean()) / chance.std().clamp(min=1e-12))
+            if at_end < CERTAINLY:
+                continue
+            whole = features.roll(turned, 1)
+            chance = torch.stack([_covariance(whole, y[order]) for order in orders])
+            found = float((_covariance(whole, y) - chance.mean()) / chance.std().clamp(min=1e-12))
+            if found > max(CERTAINLY, TIMES * own):
+                return f"{by} places {'before' if turned < 0 else 'behind'}, around the ends of the sequence"
+    return ""
+
+
+def _covariance(x: Tensor, y: Tensor) -> Tensor:
+    """The squared covariance of features (N, P, F) and labels (N, P, K) at their places."""
+    return (x.flatten(0, 1).T @ _centered(y).flatten(0, 1)).square().sum()
 
 
 def _other_orders(y: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -69,6 +69,7 @@ class Context:
     leak: Leak | None = None
     zeroed: Zeroed | None = None
     moved_by_steps: float | None = None
+    further: list[Any] = field(default_factory=list)
     probes: Probes = field(default_factory=Probes)
     layers: list[Layer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from gramian.inspection.causes.dependence import DEPENDENCE, LEAST, POWER, label
 from gramian.inspection.passes.losses import VALUES
 from gramian.report import Finding
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "labels_in_range", "lost_labels"]
 
 # Samples from which on labels are judged.
 FEW = 30
@@ -50,17 +50,8 @@ def labels(context: Context) -> Iterator[Finding]:
         context.skipped[DEPENDENCE] = "the batches have no label for each sample"
         return
     y = _joined(kept)
-    lost = int((~y.isfinite()).sum()) if y.is_floating_point() else 0
-    if lost:
-        yield Finding(
-            "labels-non-finite",
-            "error",
-            f"{lost} of {len(y)} labels are NaN or infinite",
-            where="labels",
-            evidence=f"{lost} values in {len(kept)} batches (exact)",
-            cause="The targets have missing values; the loss and every gradient are lost with them.",
-            advice="Drop those samples, or leave them out of the loss.",
-        )
+    if lost := lost_labels(kept):
+        yield from lost
         return
     others = [g.values for g in context.given if g.is_target and not g.is_input]
     constant = next((one for one in (y, *map(_joined, others)) if _is_constant(one)), None)
@@ -91,6 +82,9 @@ def labels(context: Context) -> Iterator[Finding]:
             "no loss of torch is seen to take the labels, or they may depend on what only the loss takes"
         )
         return
+    if any(g.values[0] is kept[0] for g in context.given if g.name in context.probes.made):
+        context.skipped[DEPENDENCE] = "the model's inputs are made of the labels"
+        return
     if context.probes.ignores_order:
         context.skipped[DEPENDENCE] = "the model takes sets, whose neighbors nothing tells"
         return
@@ -115,6 +109,29 @@ def labels(context: Context) -> Iterator[Finding]:
             advice="Look at a few samples beside their labels. Relations that no neighborhood or linear test sees "
             "(parity, copying) also look like this.",
         )
+
+
+def lost_labels(batches: Sequence[Tensor]) -> list[Finding]:
+    """The finding for labels that are no numbers, where there are some. Exact.
+
+    Args:
+        batches: the labels of each.
+    """
+    y = _joined(batches)
+    lost = int((~y.isfinite()).sum()) if y.is_floating_point() else 0
+    if not lost:
+        return []
+    return [
+        Finding(
+            "labels-non-finite",
+            "error",
+            f"{lost} of {len(y)} labels are NaN or infinite",
+            where="labels",
+            evidence=f"{lost} values in {len(batches)} batches (exact)",
+            cause="The targets have missing values; the loss and every gradient are lost with them.",
+            advice="Drop those samples, or leave them out of the loss.",
+        )
+    ]
 
 
 def _joined(batches: Sequence[Tensor]) -> Tensor:

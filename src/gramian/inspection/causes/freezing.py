@@ -86,7 +86,8 @@ def _mistake(context: Context) -> str:
 
 def _has_beside(context: Context, block: Block, moving: Sequence[Block]) -> bool:
     """Whether the module of a frozen matrix has parameters that are trained, or factors of a change of it are."""
-    if any(p.requires_grad for p in block.module.parameters()):
+    is_whole = block.module is context.model  # a table of positions that the model itself has is beside nothing
+    if any(p.requires_grad for p in block.module.parameters(recurse=not is_whole)):
         return True
     inner, outer = min(block.shape[-2:]), set(block.shape[-2:])
     parent = context.module_of(block.name)

@@ -25,6 +25,8 @@ TINY, HUGE = 0.005, 1000.0
 
 # Samples from which on copies are told.
 FEW = 30
+# Samples from which on one code for all is no chance of a small batch.
+MANY = 100
 
 
 def inputs(context: Context) -> Iterator[Finding]:
@@ -152,9 +154,9 @@ def _inputs(context: Context) -> Tensor | None:
             x = main_input(batch)
         except (GramianError, TypeError, ValueError, KeyError, IndexError):
             return None
-        if x.ndim < 2 or x.is_complex():
+        if x.is_complex() or (x.ndim < 2 and x.is_floating_point()):
             return None
-        found.append(x.detach().float().cpu())
+        found.append((x if x.ndim > 1 else x[:, None]).detach().float().cpu())
     if not found or any(x.shape[1:] != found[0].shape[1:] for x in found):
         return None
     return torch.cat(found)
@@ -178,6 +180,17 @@ def other_inputs(context: Context) -> Iterator[Finding]:
                 f"counted in {len(given.values)} batches (exact)",
                 "The data have missing values; everything computed from them is lost.",
                 "Find where they come from, and replace or drop those samples.",
+            )
+        codes = torch.cat([t.cpu().flatten() for t in given.values])
+        is_code = given.is_input and given.values[0].ndim == 1 and not codes.is_floating_point()
+        if is_code and len(codes) >= MANY and bool((codes == codes[0]).all()) and len(context.given_inputs[0]) > 1:
+            yield _finding(
+                "input-constant",
+                "warning",
+                f"All {len(codes)} values of {given.name} are the same",
+                f"{given.name} is {int(codes[0])} for all samples (exact)",
+                "What tells samples apart was lost on the way: a clamp, a default value, or a column of one kind.",
+                "Look at what the loader returns.",
             )
     if context.has_float_inputs and not context.changes_inputs_first:
         others = [raw for raw in context.observed.raw if not _is_main(context, raw.key)]

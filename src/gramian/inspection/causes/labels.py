@@ -36,10 +36,12 @@ def paired(context: Context) -> Iterator[Finding]:
             if place is not None and place.are_independent:
                 samples, places = place.num
                 aligned = place.aligned
+                what = f"of {samples} samples with {places} places, labels go with what stands at their place"
                 evidence = (
-                    f"of {samples} samples with {places} places, labels go with what stands at their place, with it "
-                    f"and the label before, and on average, no more than those of other samples do: {place.z:.1f} "
-                    "deviations above chance, and 2 would be seen"
+                    f"{what} by {place.z:.1f} deviations more than those of other samples do"
+                    if aligned
+                    else f"{what}, with it and the label before, and on average, no more than those of other samples "
+                    f"do: {place.z:.1f} deviations above chance, and 2 would be seen"
                 )
         if is_seen:
             context.skipped.pop(DEPENDENCE, None)
@@ -51,7 +53,7 @@ def paired(context: Context) -> Iterator[Finding]:
                 if aligned
                 else f"The labels {given.name} do not depend on the inputs, as far as simple tests see",
                 where="labels",
-                evidence=evidence + (f"; taken {aligned} they are, with p < 1e-9" if aligned else ""),
+                evidence=evidence + (f"; taken {aligned}, by over twice as many, with p < 1e-9" if aligned else ""),
                 cause="Inputs and labels were shuffled apart, or joined by the wrong index or in the wrong order.",
                 advice="Look at a few samples beside their labels.",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from gramian.inspection.causes.context import Context
+from gramian.inspection.experiments.contrasting import Contrast
 from gramian.report import Finding
 
 __all__ = ["RULES"]
@@ -46,6 +47,9 @@ def contrast(context: Context) -> Iterator[Finding]:
     found = context.probes.contrast
     if found is None:
         return
+    if found.kind == "alike":
+        yield _alike(found)
+        return
     is_of_pairs = found.kind == "pairs"
     yield Finding(
         "pairs-mismatched",
@@ -61,6 +65,20 @@ def contrast(context: Context) -> Iterator[Finding]:
         f"{('', 'second', 'third')[found.shift]} are equal; the first is more like the other (p < 1e-6)",
         cause="The sign is wrong, or what is alike and what is not are exchanged, shifted or shuffled.",
         advice="Let the loss be lowest where the embeddings of what belongs together are equal.",
+    )
+
+
+def _alike(found: Contrast) -> Finding:
+    which = ("", "second", "third")[found.shift]
+    return Finding(
+        "pairs-mismatched",
+        "warning",
+        f"Of three inputs the loss pushes the {which} away, which is as much like the first as the other is",
+        where="data",
+        evidence=f"the second is nearer to its first than to that of the next sample by {found.here:.3g} of its "
+        f"variance, the third by {found.there:.3g}, and neither by more than the other (p > 0.05)",
+        cause="What is to be different was drawn from the same class or neighborhood as what is to be alike.",
+        advice="Draw negatives from other classes or samples; if hard ones are chosen on purpose, all is well.",
     )
 
 

@@ -154,7 +154,7 @@ def columns(context: Context) -> Iterator[Finding]:
 def idle(context: Context) -> Iterator[Finding]:
     """Find a half of an input's positions or columns that changes nothing. Exact on 16 samples."""
     found = context.probes.idle
-    if found is None or context.probes.columns is not None:
+    if found is None or context.probes.columns is not None or context.probes.inverted is not None:
         return
     yield Finding(
         "input-unused",

@@ -26,7 +26,7 @@ def swapped(context: Context) -> Iterator[Finding]:
         cause="A reshape keeps the order of the numbers in memory and only cuts it anew: an index of the axis of "
         f"{found.length} now holds values of several. To change the places of axes takes a transpose.",
         advice="Use transpose or permute, and reshape only to split an axis or to join neighbors: "
-        "x.view(batch, time, heads, width).transpose(1, 2), x.flatten(2).transpose(1, 2).",
+        "x.view(batch, time, heads, width).transpose(1, 2), x.flatten(2).transpose(1, 2), F.pixel_shuffle(x, 2).",
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramian.operators.cuts import nodes_of
 
-__all__ = ["is_bootstrapped"]
+__all__ = ["is_bootstrapped", "is_taught"]
 
 # Nodes of a graph that are followed.
 MOST = 3000
@@ -36,11 +36,30 @@ def is_bootstrapped(output: Tensor, target: Tensor) -> bool:
         root = root.next_functions[0][0]
     if root is None or not root.name().startswith("AddBackward") or all(n is not None for n, _ in root.next_functions):
         return False
-    one, two = _nodes(output), _nodes(target)
-    if one is None or two is None:
+    return _share_parameters(output, target)
+
+
+def is_taught(output: Tensor, target: Tensor) -> bool:
+    """Whether probabilities are compared with those that the same parameters make of other inputs, with their gradient.
+
+    Args:
+        output, target: what a loss compares.
+
+    Returns: false where either has no gradient.
+    Raises: nothing of its own.
+    Cost: a walk over the graphs.
+    Source: this library's own.
+    """
+    return output.requires_grad and target.requires_grad and _share_parameters(output, target)
+
+
+def _share_parameters(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors share parameters, and nothing that was made of these."""
+    first, second = _nodes(one), _nodes(other)
+    if first is None or second is None:
         return False
-    shared = [node for node in one & two if getattr(node, "variable", None) is None]
-    return not shared and bool(one & two)
+    shared = [node for node in first & second if getattr(node, "variable", None) is None]
+    return not shared and bool(first & second)
 
 
 def _nodes(t: Tensor) -> set[Any] | None:

@@ -21,6 +21,9 @@ NARROW, DRAWS = 4, 3
 DIFFERS = 0.03
 # Standard errors beyond which one of two inputs is more like a third: p < 1e-6.
 CERTAIN = 5.0
+# Standard errors up to which two are no more like a third than each other; they are like it from FAR on, one by the
+# share EQUALLY of the other.
+NO_MORE, FAR, EQUALLY = 2.0, 4.5, 0.5
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Contrast:
 
     Attributes:
         kind: "pairs" (of two, the loss is lower with those of other samples), "triplets" (of three, it pulls
-            together the two whose inputs are less alike).
+            together the two whose inputs are less alike), "alike" (it pulls apart two that are as alike as the others).
         here, there: the loss with equal embeddings in each pair, and in other pairs; of triplets, of the two pairs.
         shift: of the pairs with which it is lowest.
     """
@@ -112,4 +115,15 @@ def _of_triplets(asked: Asked, draws: Sequence[Tensor]) -> Contrast | None:
     if (pulls_third and z > CERTAIN) or (pulls_second and z < -CERTAIN):
         here, there = sum(second) / len(second), sum(third) / len(third)
         return Contrast("triplets", *((here, there) if pulls_third else (there, here)), shift=2 if pulls_third else 1)
+    drops = [_drop(anchor / size, t / size) for t in (one, other)]
+    are_equal = min(by for by, _ in drops) > EQUALLY * max(by for by, _ in drops) > 0
+    if abs(z) < NO_MORE and are_equal and min(certain for _, certain in drops) > FAR:
+        return Contrast("alike", drops[0][0], drops[1][0], shift=1 if pulls_third else 2)
     return None
+
+
+def _drop(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """By how much nearer rows are to each other than to the next row, and in how many standard errors."""
+    nearer = (one - other.roll(1, 0)).square().mean(1) - (one - other).square().mean(1)
+    error = float(nearer.std()) / math.sqrt(len(nearer))
+    return float(nearer.mean()), float(nearer.mean()) / error if error > 0 else 0.0

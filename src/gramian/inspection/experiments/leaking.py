@@ -253,9 +253,11 @@ def _watched(model: nn.Module, shape: tuple[int, ...]) -> Iterator[list[tuple[st
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             made = first_float(output)
+            lengths = (shape[1], shape[1] - 1)
+            if made is not None and made.ndim == 2 and made.shape[1] in lengths:  # a number for each position
+                made = made[..., None]
             if made is None or made.ndim < 3 or len(made) != shape[0]:
                 return
-            lengths = (shape[1], shape[1] - 1)
             if _is_of_channels(module):
                 of_channels.append(made)
             if made.ndim == 3 and made.shape[2] in lengths:

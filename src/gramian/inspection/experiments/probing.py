@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gramian.batch import main_input, mapped, num_samples
 from gramian.inspection.experiments.choices import Choices, along_choices
@@ -18,24 +17,27 @@ from gramian.inspection.experiments.densities import Density, log_determinant
 from gramian.inspection.experiments.endless import falls, plunges
 from gramian.inspection.experiments.flat import largest_slope
 from gramian.inspection.experiments.ignored import Ignored, ignored_classes
+from gramian.inspection.experiments.inverted import inverted_mask
 from gramian.inspection.experiments.ordering import ignores_order
 from gramian.inspection.experiments.padded import Reading, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
 from gramian.inspection.experiments.peaks import Peak, at_labels
 from gramian.inspection.experiments.profiles import Profile, along_outputs
 from gramian.inspection.experiments.ranges import Beyond, beyond_range
+from gramian.inspection.experiments.reaching import cut, unlinked
 from gramian.inspection.experiments.recutting import Recut, recut
-from gramian.inspection.experiments.replaying import Asked, are_equal, loss_of, outputs_of
+from gramian.inspection.experiments.replaying import Asked, are_equal, outputs_of
 from gramian.inspection.experiments.rows import Rows, compared_rows
 from gramian.inspection.experiments.shortcuts import OneWay, Shortcut, one_way, shortcut
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
+from gramian.inspection.experiments.together import Together, made_into_inputs, rows_together
 from gramian.inspection.experiments.two_values import TwoValues, of_two_values
+from gramian.inspection.experiments.unheard import unheard_arguments
 from gramian.inspection.experiments.unused import Idle, Unused, idle_half, idle_targets, without_columns, without_effect
 from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
-from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import eager, evaluating
 
 __all__ = ["TRIED", "Probes", "probe"]
@@ -75,6 +77,10 @@ TRIED = {
     "ignored": "whether a loss of one's own leaves classes out",
     "recut": "whether a reshape gives an axis another place",
     "share_of_constant": "the loss with equal outputs for all samples",
+    "together_rows": "what the loss takes of each row of a batch",
+    "made": "of which tensors the loss makes inputs",
+    "unheard": "whether each argument has an effect",
+    "inverted": "whether a mask hides what is no padding",
 }
 """What a report says of a change that could not be tried."""
 
@@ -84,8 +90,6 @@ ENOUGH = 8
 EQUAL = 1e-4
 # The share by which halves of a batch may miss the whole's sum.
 SUM = 1e-3
-# Parameters that are tried one by one, and positions of a sequence from which on it is looked at.
-MOST, LONG = 32, 4
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,10 @@ class Probes:
         ignored: classes that a loss of one's own leaves out.
         recut: a reshape that gives an axis another place.
         share_of_constant: the loss over that with the same output for all samples.
+        together_rows: which tensors of a batch the loss takes row by row.
+        made: tensors of which the loss makes what it gives the model.
+        unheard: arguments of the model that change no output.
+        inverted: an input that is read at its padding alone, the mask, and how many samples have padding.
     """
 
     unlinked: tuple[str, ...] = ()
@@ -165,6 +173,10 @@ class Probes:
     ignored: Ignored | None = None
     recut: Recut | None = None
     share_of_constant: float | None = None
+    together_rows: Together | None = None
+    made: tuple[str, ...] = ()
+    unheard: tuple[str, ...] = ()
+    inverted: tuple[str, str, int] | None = None
 
 
 def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[Probes, dict[str, Exception]]:
@@ -194,79 +206,6 @@ def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[P
                 found |= {} if value is None else {what: value}
             model.eval()  # whatever the loss has set
     return Probes(**found), failed
-
-
-def _unlinked(asked: Asked) -> tuple[str, ...] | None:
-    """The parameters of modules that are called, get no gradient, and change the loss."""
-    model, seen, objective = asked.model, asked.seen, asked.objective
-    parameters = dict(model.named_parameters())
-    missing = [n for n, g in seen.gradients.items() if g is None and n in seen.used]
-    if not missing or not seen.needs_gradient:
-        return None
-    batch = seen.batches[0]
-
-    def changes(names: Sequence[str]) -> bool:
-        kept = {n: parameters[n].detach().clone() for n in names}
-        try:
-            for n in names:
-                parameters[n].mul_(1.5).add_(0.1)
-            return loss_of(model, batch, objective) != whole
-        finally:
-            for n, value in kept.items():
-                parameters[n].copy_(value)
-
-    with torch.no_grad():
-        whole = loss_of(model, batch, objective)
-        if loss_of(model, batch, objective) != whole or not changes(missing):
-            return None
-        return tuple(n for n in missing if changes([n])) if len(missing) <= MOST else tuple(missing)
-
-
-def _cut(asked: Asked) -> tuple[int, int, str] | None:
-    """Positions whose gradient is exactly zero, where other values there change the loss."""
-    model, seen, objective = asked.model, asked.seen, asked.objective
-    batch = seen.batches[0]
-    x = main_input(batch)
-    if not seen.cuts or x.ndim not in (2, 3) or x.shape[1] < LONG or len(x) < 2 or not seen.needs_gradient:
-        return None
-    first: list[tuple[str, Tensor]] = []
-
-    def hook(name: str) -> Callable:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            is_sequence = isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] == x.shape[:2]
-            if not first and is_sequence and output.requires_grad:
-                first.append((name, output))
-
-        return keep
-
-    given = x
-    if x.is_floating_point():
-        given = x.detach().clone().requires_grad_()
-        first.append(("", given))
-    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules()]
-    try:
-        seed_torch(0)
-        total, _ = objective.loss(model, mapped(batch, lambda t: given if t is x else t))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not first or not total.requires_grad:
-        return None
-    name, values = first[0]
-    (gradient,) = torch.autograd.grad(total, values, allow_unused=True)
-    if gradient is None:
-        return None
-    silent = ~gradient.ne(0).transpose(0, 1).flatten(1).any(1)
-    num = int(silent.sum())
-    if not x.shape[1] // 2 <= num < x.shape[1]:
-        return None
-    other = x.clone()
-    other[:, silent] = x.roll(1, 0)[:, silent]
-    with torch.no_grad():
-        one, two = (outputs_of(asked, b) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
-    if one is None or two is None or are_equal(one, two):
-        return None
-    return num, x.shape[1], name
 
 
 def _is_affine(asked: Asked) -> bool | None:
@@ -304,9 +243,9 @@ def _sum_over(asked: Asked) -> int | None:
 
 
 _PROBES = (
-    _unlinked, _cut, _is_affine, _sum_over, falls, plunges, without_effect, idle_half, idle_targets, ignores_order,
+    unlinked, cut, _is_affine, _sum_over, falls, plunges, without_effect, idle_half, idle_targets, ignores_order,
     against_labels, silent_columns, silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding,
     along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope,
     log_determinant, at_labels, of_two_values, one_way, is_concave, shortcut, beyond_range, ignored_classes, recut,
-    constant_loss,
+    constant_loss, rows_together, made_into_inputs, unheard_arguments, inverted_mask,
 )  # fmt: skip

@@ -69,14 +69,19 @@ def moved_axis(before: Sequence[int], after: Sequence[int]) -> int:
     Args:
         before, after: the shapes.
 
-    Returns: a length above one that is in both shapes once, with another number of entries in front.
+    Returns: a length above one that is in both shapes once, with another number of entries in front; of images the
+        number of channels, where some of these become rows and columns, or the reverse.
     Raises: nothing of its own.
     Cost: none.
     Source: this library's own.
 
     >>> moved_axis((7, 16, 32), (7, 4, 16, 8)), moved_axis((7, 16, 32), (7, 16, 4, 8))
     (16, 0)
+    >>> moved_axis((7, 4, 8, 8), (7, 1, 16, 16))
+    4
     """
+    if len(before) == len(after) == 4 and (between := _between(before, after) or _between(after, before)):
+        return between
     for old, new in _groups([n for n in before if n != 1], [n for n in after if n != 1]):
         if len(old) < 2 or len(new) < 2:
             continue
@@ -88,6 +93,13 @@ def moved_axis(before: Sequence[int], after: Sequence[int]) -> int:
             continue
         return moved[0]
     return 0
+
+
+def _between(before: Sequence[int], after: Sequence[int]) -> int:
+    """The channels that a reshape of images puts between rows and columns, k² of them into k by k; else 0."""
+    k = after[2] // before[2]
+    is_larger = k > 1 and list(after[2:]) == [k * side for side in before[2:]]
+    return before[1] if is_larger and before[1] == k * k * after[1] and min(before[2:]) > 1 else 0
 
 
 def _groups(before: list[int], after: list[int]) -> list[tuple[list[int], list[int]]]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramian.inspection.experiments.bootstrapping import is_bootstrapped
+from gramian.inspection.experiments.bootstrapping import is_bootstrapped, is_taught
 from gramian.inspection.passes.labeled import see_labels
 from gramian.inspection.passes.observed import Broadcast, Criterion, Ends, Observed
 
@@ -65,6 +65,8 @@ def see_loss(
         if func in _VALUES:
             _broadcast(seen, name, scores, target)
             seen.bootstrapped = seen.bootstrapped or is_bootstrapped(scores, target)
+        if func is F.kl_div or (func in _CLASSES and target.is_floating_point()):
+            seen.num_taught += is_taught(scores, target)
         if func is F.kl_div and _argument(args, kwargs, 5, "log_target"):
             target = target.exp()
         _keep(seen, name, scores, target, ends, _argument(args, kwargs, 2, "weight") if func in _CLASSES else None)

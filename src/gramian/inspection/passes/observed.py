@@ -293,6 +293,7 @@ class Observed:
         softmax_over_rows: shape of a matrix that had a softmax over its first dimension outside all modules but the
             whole model.
         bootstrapped: whether a loss compares an output with data plus another one, and both have a gradient.
+        num_taught: how many losses compare probabilities with others of the same parameters that have a gradient.
         single_softmax: by module, the shape of scores of one matrix over one of which a softmax is taken.
         over_queries: by module in which weights that sum to one over the queries are those of keys, their shape.
         output: the model's, the first tensor of it.
@@ -353,6 +354,7 @@ class Observed:
     broadcast: Broadcast | None = None
     softmax_over_rows: torch.Size | None = None
     bootstrapped: bool = False
+    num_taught: int = 0
     single_softmax: dict[str, tuple[int, ...]] = field(default_factory=dict)
     over_queries: dict[str, tuple[int, ...]] = field(default_factory=dict)
     output: Tensor | None = None
