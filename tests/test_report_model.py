@@ -248,5 +248,5 @@ def test_a_report_may_lie_in_or_beside_a_folder_that_is_made_before_it(tmp_path)
     for place in (tmp_path / "runs" / "a.html", out / "a.html", tmp_path / "a.html"):
         check_target(place, made=out)
     for made in (out, None):
-        with pytest.raises(InputError, match="does not exist. Create it first"):
+        with pytest.raises(InputError, match="does not exist"):
             check_target(tmp_path / "elsewhere" / "a.html", made=made)
