@@ -13,7 +13,7 @@ import statistics
 import torch
 from torch import Tensor, nn
 
-from gramian.compression.clock import race
+from gramian.compression.choosing.clock import race
 
 RACES = 40
 

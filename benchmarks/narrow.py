@@ -24,7 +24,7 @@ from gramian.bench import compress as bench
 from gramian.bench.learning_data import text
 from gramian.bench.sentences import Sentences, calibration_sentences, held_out_sentences
 from gramian.compression import NarrowPlan
-from gramian.compression.lowrank import matrix_of
+from gramian.compression.layers.lowrank import matrix_of
 from gramian.layers import layout_of
 from gramian.objective import as_objective
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 import gramian as gm
 from gramian.bench.machine import features
-from gramian.compression.streaming import compress_shards
+from gramian.compression.sharded.streaming import compress_shards
 
 
 def make(folder: Path, given: argparse.Namespace) -> int:

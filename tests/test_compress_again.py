@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.compression import LowRank, planning
+from gramian.compression import LowRank
+from gramian.compression.budget import planning
 from gramian.errors import InputError
 
 DISTILL = gm.Objective.self_distillation()

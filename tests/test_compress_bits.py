@@ -15,14 +15,14 @@ import gramian as gm
 from cases import seeded
 from gramian.checkpoint import open_checkpoint, save_tensors
 from gramian.checkpoint.packing import RANKS
-from gramian.compression.feedback import RIDGE, Feedback, feedback_of, settle
-from gramian.compression.lowrank import LowRank
-from gramian.compression.measuring import in_int8, num_bytes
-from gramian.compression.mixing import Form
-from gramian.compression.pruning import Pattern, pruned
-from gramian.compression.quantized import Quantized, multiplies_integers, pack, unpack
-from gramian.compression.rounding import BITS, noise, rounded
-from gramian.compression.shrinkage import Roots, roots
+from gramian.compression.budget.mixing import Form
+from gramian.compression.calibration.shrinkage import Roots, roots
+from gramian.compression.choosing.measuring import in_int8, num_bytes
+from gramian.compression.layers.feedback import RIDGE, Feedback, feedback_of, settle
+from gramian.compression.layers.lowrank import LowRank
+from gramian.compression.layers.pruning import Pattern, pruned
+from gramian.compression.layers.quantized import Quantized, multiplies_integers, pack, unpack
+from gramian.compression.layers.rounding import BITS, noise, rounded
 from gramian.errors import InputError, UnsupportedError
 from gramian.gram import Gram
 from gramian.layers import layout_of
@@ -58,7 +58,7 @@ VALUES = {
 
 @pytest.mark.parametrize("what", VALUES)
 def test_an_error_is_passed_on_as_the_optimal_brain_surgeon_does(what: str, monkeypatch) -> None:
-    monkeypatch.setattr("gramian.compression.feedback.BLOCK", 5)
+    monkeypatch.setattr("gramian.compression.layers.feedback.BLOCK", 5)
     w, a, _ = moments(5, 24)
     w, h, value = w.double(), a.matrix, VALUES[what]
     upper = torch.linalg.cholesky(torch.linalg.inv(h)).mT

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import gramian as gm
 from cases import seeded
 from gramian.compression import compress
-from gramian.compression.calibrating import Measure, calibrate, redrawn
-from gramian.compression.filling import Candidates, fill, uniform
-from gramian.compression.predicting import Point, measured_points, predict
-from gramian.compression.shrinkage import roots, shrunk
+from gramian.compression.budget.filling import Candidates, fill, uniform
+from gramian.compression.budget.predicting import Point, measured_points, predict
+from gramian.compression.calibration.calibrating import Measure, calibrate, redrawn
+from gramian.compression.calibration.shrinkage import roots, shrunk
 from gramian.errors import GramianWarning, InputError
 from gramian.gram import Gram
 

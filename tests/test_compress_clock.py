@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.compression.clock import ENOUGH, FEWEST, Race, fused_kernels, race
-from gramian.compression.speeds import Speeds
+from gramian.compression.choosing.clock import ENOUGH, FEWEST, Race, fused_kernels, race
+from gramian.compression.choosing.speeds import Speeds
 from gramian.report.compression import Ratio
 
 

@@ -12,11 +12,11 @@ from torch import nn
 
 import gramian as gm
 from gramian.cli import main
-from gramian.compression import searching, speeds
-from gramian.compression.clock import Race, race
-from gramian.compression.deciding import Target, decide
-from gramian.compression.measuring import in_bfloat16, in_int8, num_bytes
-from gramian.compression.quantized import Quantized
+from gramian.compression.choosing import searching, speeds
+from gramian.compression.choosing.clock import Race, race
+from gramian.compression.choosing.deciding import Target, decide
+from gramian.compression.choosing.measuring import in_bfloat16, in_int8, num_bytes
+from gramian.compression.layers.quantized import Quantized
 from gramian.errors import InputError
 from gramian.report import to_text
 from gramian.report.compression import Contender, Outcome, Ratio
@@ -237,7 +237,7 @@ def test_a_narrower_model_is_faster_or_refused(folder, monkeypatch) -> None:
 def test_a_plan_is_written_once_and_read(folder, capsys, monkeypatch) -> None:
     args = ["task.py:task", "--keep", "0.5", "--no-curve", "--plan", "plan.safetensors", "--quiet", "--json"]
     assert run(capsys, *args, "a.json")[0] == 0
-    monkeypatch.setattr("gramian.compression.making.compress", None)  # would fail
+    monkeypatch.setattr("gramian.compression.choosing.making.compress", None)  # would fail
     assert run(capsys, *args, "b.json")[0] == 0
     a, b = (json.loads((folder / name).read_text()) for name in ("a.json", "b.json"))
     assert (a["layers"], a["curve"]) == (b["layers"], b["curve"])

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gramian as gm
 from distributed import run_on_ranks
 from gramian import placement
-from gramian.compression.making import plan_for
+from gramian.compression.choosing.making import plan_for
 from gramian.errors import InputError
 
 OBJECTIVE = gm.Objective.regression(fisher="gauss_newton")

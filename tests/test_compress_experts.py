@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
-from gramian.compression.experts import rows_of_parts
-from gramian.compression.lowrank import LowRank
-from gramian.compression.shrinkage import pooled
+from gramian.compression.calibration.experts import rows_of_parts
+from gramian.compression.calibration.shrinkage import pooled
+from gramian.compression.layers.lowrank import LowRank
 from gramian.gram import Gram
 
 transformers = pytest.importorskip("transformers")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import gramian as gm
 from gramian.bench.learning_networks import Transformer
-from gramian.compression.elimination import eliminated
-from gramian.compression.shrinkage import Roots
-from gramian.compression.weighting import Weighting
+from gramian.compression.calibration.shrinkage import Roots
+from gramian.compression.calibration.weighting import Weighting
+from gramian.compression.units.elimination import eliminated
 from gramian.errors import CheckpointError, InputError
 from test_compress_calibration import inputs, network
 

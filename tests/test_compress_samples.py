@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gramian as gm
-from gramian.compression.samplewise import by_sample, draws_of, samples_of
+from gramian.compression.calibration.samplewise import by_sample, draws_of, samples_of
 
 
 def _samples(batches):

@@ -14,12 +14,12 @@ from torch import nn
 
 import gramian as gm
 from gramian.cli import main
-from gramian.compression.holding import as_bytes
-from gramian.compression.passing import Item
-from gramian.compression.shards import OUTSIDE, Shards
-from gramian.compression.spool import Spool
-from gramian.compression.streaming import loss_of
-from gramian.compression.sweeping import Sweep
+from gramian.compression.sharded.holding import as_bytes
+from gramian.compression.sharded.passing import Item
+from gramian.compression.sharded.shards import OUTSIDE, Shards
+from gramian.compression.sharded.spool import Spool
+from gramian.compression.sharded.streaming import loss_of
+from gramian.compression.sharded.sweeping import Sweep
 from gramian.errors import CheckpointError, InputError, UnsupportedError
 from gramian.recording.onepass import captured
 from test_compress_command import classes, hf_folder, language
@@ -137,7 +137,7 @@ def test_no_more_than_one_part_is_in_memory(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_memory_is_told_and_batches_are_cut_to_fit_it(tmp_path: Path) -> None:
-    from gramian.compression.streaming import compress_shards
+    from gramian.compression.sharded.streaming import compress_shards
 
     folder, given = saved(tmp_path, llama()), batches(3)
     told: list[str] = []

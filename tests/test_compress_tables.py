@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import gramian as gm
 from gramian.compression import LowRank, Plan, compress
-from gramian.compression.calibrating import Calibration
-from gramian.compression.lowrank import matrix_of
-from gramian.compression.targets import targets
-from gramian.compression.weighting import counted, nearest_kronecker, weighting
+from gramian.compression.calibration.calibrating import Calibration
+from gramian.compression.calibration.targets import targets
+from gramian.compression.calibration.weighting import counted, nearest_kronecker, weighting
+from gramian.compression.layers.lowrank import matrix_of
 from gramian.gram import DiagonalGram
 
 DISTILL = gm.Objective.self_distillation()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.checkpoint import save_tensors
 from gramian.compression import LowRank
-from gramian.compression.modules import replaced
-from gramian.compression.ranks import ranks_of
+from gramian.compression.layers.modules import replaced
+from gramian.compression.storage.ranks import ranks_of
 from gramian.errors import CheckpointError, InputError
 from gramian.layers import is_affine, operation_of
 from zoo import ZOO
@@ -87,7 +87,7 @@ def factored(model: nn.Module, rank: int = 3) -> nn.Module:
 
 
 def compressed_support():
-    from gramian.compression.files import pretrained_support
+    from gramian.compression.storage.files import pretrained_support
 
     support = pretrained_support()
     assert support is not None

@@ -22,8 +22,8 @@ from gramian.compression import (
     load_compressed,
     save_compressed,
 )
-from gramian.compression.shrinkage import FLOOR, roots, shrunk_mean
-from gramian.compression.weighting import _output_roots
+from gramian.compression.calibration.shrinkage import FLOOR, roots, shrunk_mean
+from gramian.compression.calibration.weighting import _output_roots
 from gramian.errors import CheckpointError, GramianWarning, InputError
 from gramian.site import Site
 from kernels import Operations

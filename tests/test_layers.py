@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.block import METADATA, Block
 from gramian.checkpoint import open_checkpoint, save_tensors
-from gramian.compression.mixing import Form
+from gramian.compression.budget.mixing import Form
 from gramian.errors import GramianWarning, InputError
 from gramian.inspection.weights.matrices import find_holdings
 from gramian.inspection.weights.of_model import applied

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 import gramian as gm
-from gramian.compression.deciding import Target, decide
-from gramian.compression.lockstep import Walk, watched
-from gramian.compression.lowrank import LowRank
+from gramian.compression.choosing.deciding import Target, decide
+from gramian.compression.fitting.lockstep import Walk, watched
+from gramian.compression.layers.lowrank import LowRank
 from gramian.errors import InputError
 
 SELF = gm.Objective.self_distillation()

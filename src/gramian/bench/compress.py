@@ -26,9 +26,9 @@ from gramian.bench.sentences import Sentences, calibration_sentences, held_out_s
 from gramian.bench.table import Goal, Measurement, Row, Tell
 from gramian.block import blocks
 from gramian.compression import Plan, compress, refit
-from gramian.compression.filling import uniform
-from gramian.compression.lowrank import matrix_of
-from gramian.compression.rounding import GROUP, rounded
+from gramian.compression.budget.filling import uniform
+from gramian.compression.layers.lowrank import matrix_of
+from gramian.compression.layers.rounding import GROUP, rounded
 from gramian.objective import Objective, as_objective
 from gramian.recording.onepass import captured
 from gramian.statistics import Statistics

@@ -67,7 +67,7 @@ def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any,
     from gramian.checkpoint import load_into, open_checkpoint
     from gramian.checkpoint.trees import UNFINISHED
     from gramian.compression import load_compressed
-    from gramian.compression.files import has_ranks
+    from gramian.compression.storage.files import has_ranks
 
     is_task = model in tasks.TASKS or ".py:" in model or model.endswith(".py")
     if model in tasks.TASKS and Path(model).exists():

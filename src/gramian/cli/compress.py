@@ -98,8 +98,8 @@ def command(
     if plan is not None and not plan.exists():  # else it is read
         report.check_target(plan, (plan.suffix.lower(),))
     from gramian.compression import save_compressed
-    from gramian.compression.deciding import Target, decide
-    from gramian.compression.making import plan_for
+    from gramian.compression.choosing.deciding import Target, decide
+    from gramian.compression.choosing.making import plan_for
     from gramian.placement import agreed
 
     if memory is not None:

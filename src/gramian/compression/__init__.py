@@ -1,12 +1,12 @@
 """Compression: by ranks, integers and zeros (`compress`), or by fewer heads, units and channels (`narrow`)."""
 
-from gramian.compression.files import load_compressed, save_compressed
-from gramian.compression.lowrank import LowRank
-from gramian.compression.narrowing import NarrowPlan, narrow
-from gramian.compression.plan import Plan
-from gramian.compression.planning import compress
-from gramian.compression.plans import load_plan, save_plan
-from gramian.compression.refitting import refit
+from gramian.compression.budget.plan import Plan
+from gramian.compression.budget.planning import compress
+from gramian.compression.fitting.refitting import refit
+from gramian.compression.layers.lowrank import LowRank
+from gramian.compression.storage.files import load_compressed, save_compressed
+from gramian.compression.storage.plans import load_plan, save_plan
+from gramian.compression.units.narrowing import NarrowPlan, narrow
 
 __all__ = [
     "LowRank",

@@ -14,6 +14,6 @@ from gramian.integrations.extras import load
 
 load("transformers", "hf")
 
-from gramian.compression.pretrained import METHOD, FactoredConfig, FactoredQuantizer  # noqa: E402
+from gramian.compression.storage.pretrained import METHOD, FactoredConfig, FactoredQuantizer  # noqa: E402
 
 __all__ = ["METHOD", "FactoredConfig", "FactoredQuantizer"]

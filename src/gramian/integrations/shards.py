@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gramian.compression.contending import planned_layers
-from gramian.compression.sharded_plan import ShardedPlan
-from gramian.compression.shards import Shards
-from gramian.compression.streaming import compress_shards, loss_of
+from gramian.compression.choosing.contending import planned_layers
+from gramian.compression.sharded.sharded_plan import ShardedPlan
+from gramian.compression.sharded.shards import Shards
+from gramian.compression.sharded.streaming import compress_shards, loss_of
 from gramian.integrations.texts import batches_of_texts, copy_companions
 from gramian.objective import Objective
 from gramian.report.compression import Contender, Outcome

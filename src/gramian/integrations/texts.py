@@ -163,7 +163,9 @@ def _split(
 
 def _opened(transformers: Any, folder: Path) -> Any:
     """The model, of the class that its config names."""
-    from gramian.compression.pretrained import without_bars  # which registers the loading of factored models too
+    from gramian.compression.storage.pretrained import (
+        without_bars,  # which registers the loading of factored models too
+    )
 
     with _loading(folder), without_bars():
         config = json.loads(read_text(folder / "config.json"))

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.compression.calibrating import Measure, Reader, around_output
-from gramian.compression.lowrank import LowRank
-from gramian.compression.predicting import losses_of
-from gramian.compression.refitting import pair_of
-from gramian.compression.slicing import SLICED
+from gramian.compression.budget.predicting import losses_of
+from gramian.compression.calibration.calibrating import Measure, Reader, around_output
+from gramian.compression.fitting.refitting import pair_of
+from gramian.compression.layers.lowrank import LowRank
+from gramian.compression.storage.slicing import SLICED
 from gramian.errors import InputError
 from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Objective, as_objective

@@ -1,0 +1,1 @@
+"""One budget for the whole model: what each layer keeps of it, and what that costs the loss."""

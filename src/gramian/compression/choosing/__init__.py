@@ -1,0 +1,1 @@
+"""From a target to one compressed model, measured beside its alternatives."""

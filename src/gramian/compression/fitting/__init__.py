@@ -1,0 +1,1 @@
+"""A compressed model's layers, fit to what the original's put out."""

@@ -1,0 +1,1 @@
+"""What a layer becomes, and how it is put into a model."""

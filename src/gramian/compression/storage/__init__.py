@@ -1,0 +1,1 @@
+"""Compressed models and plans in files."""

@@ -1,0 +1,165 @@
+"""Cutting: rows and columns of units leave the layers, and numbers around these, as that of heads, follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.compression.budget.weighted import WeightedSVD
+from gramian.compression.layers.lowrank import matrix_of
+from gramian.compression.layers.modules import clean_module_name, copied, submodule
+from gramian.compression.storage.slicing import FEATURES, sliced_
+from gramian.compression.units.flow import Units, channel_dim, is_elementwise, is_near
+from gramian.layers import layer_of, layout_of
+from gramian.recording import evaluating
+
+__all__ = ["compensate_", "cut_", "numbers_for"]
+
+
+def numbers_for(model: nn.Module, units: Units, call: Callable[[nn.Module], Tensor]) -> dict[str, dict[str, int]] | str:
+    """Which numbers around the layers go down with the units, as the number of heads; or why they cannot be removed.
+
+    The model without the units has to compute what the model with their outputs at zero does.
+
+    Args:
+        model: with all units.
+        units: of one layer.
+        call: the model's output on a few samples.
+
+    Returns:
+        Integer attributes by module; or the reason.
+    """
+    channels = _channels(submodule(model, units.name))
+    outputs = {sum(len(p.outputs) for p in units.parts if p.name == part.name) for part in units.parts}
+    for sizes in (set(), {units.num}, {channels}, {units.num, channels, *outputs}):
+        numbers = _numbers(model, units, sizes)
+        if sizes and not numbers:
+            continue
+        if all(_is_right(model, units, numbers, num, call) for num in {units.num // 2, units.num - 1}):
+            return numbers
+    return (
+        "with fewer inputs of this layer the model fails or computes something else: its code fixes their number, or "
+        "joins them with other ones (torch.cat)"
+    )
+
+
+def _numbers(model: nn.Module, units: Units, sizes: set[int]) -> dict[str, dict[str, int]]:
+    """Integers of these sizes among the attributes of modules without parameters around the layers."""
+    names = [units.name, *(part.name for part in units.parts)]
+    paths = [name.split(".")[:-1] for name in names]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    around = ".".join(common)
+    found = {}
+    for raw, module in model.named_modules():
+        name = clean_module_name(raw)
+        inside = name == around or not around or name.startswith(f"{around}.")
+        if not inside or not name or list(module.parameters(recurse=False)):
+            continue
+        own = {k: v for k, v in vars(module).items() if type(v) is int and v in sizes and not k.startswith("_")}
+        if own:
+            found[name] = own
+    return found
+
+
+def _is_right(
+    model: nn.Module, units: Units, numbers: dict[str, dict[str, int]], num: int, call: Callable[[nn.Module], Tensor]
+) -> bool:
+    stay = torch.arange(units.num)[units.num - num :]
+    gone = torch.arange(units.num)[: units.num - num]
+    size = _channels(submodule(model, units.name)) // units.num
+    columns = (gone[:, None] * size + torch.arange(size)).flatten()
+    consumer, dim = submodule(model, units.name), channel_dim(submodule(model, units.name), inputs=True)
+    zeroed = lambda module, args: (args[0].index_fill(dim, columns.to(args[0].device), 0.0), *args[1:])  # noqa: E731
+    made = copied(model)
+    handle = consumer.register_forward_pre_hook(zeroed)
+    try:
+        with evaluating(model), torch.no_grad():
+            wanted = call(model)
+    finally:
+        handle.remove()
+    cut_(made, units, stay, numbers)
+    try:
+        with evaluating(made), torch.no_grad():
+            found = call(made)
+    except (RuntimeError, ValueError, IndexError):  # what a model says of a shape that does not fit may be anything
+        return False
+    return is_near(found, wanted)
+
+
+def _channels(layer: nn.Module) -> int:
+    return layer.get_parameter("weight").shape[_dims(layer)[1]]
+
+
+def _dims(layer: nn.Module) -> tuple[int, int]:
+    """The dimensions of a weight along which its outputs and its input channels run."""
+    layout = layout_of(layer)
+    assert layout is not None
+    rows, columns = layout.sides[-2:]
+    of = [set(names) for names in layout.dims]
+    return next(i for i, names in enumerate(of) if names & set(rows)), next(
+        i for i, names in enumerate(of) if names & set(columns)
+    )
+
+
+@torch.no_grad()
+def cut_(model: nn.Module, units: Units, stay: Tensor, numbers: dict[str, dict[str, int]]) -> None:
+    """Removes the columns and rows of units in place, and nothing more.
+
+    Args:
+        model: changed in place.
+        units: as long as all are there.
+        stay: which of them stay.
+        numbers: from `numbers_for`.
+    """
+    consumer = submodule(model, units.name)
+    dim = _dims(consumer)[1]
+    of_columns = torch.arange(_channels(consumer)).view(units.num, -1)[stay].flatten()
+    _slice_(consumer, {"weight": dim}, "columns", of_columns)
+    for name in dict.fromkeys(part.name for part in units.parts):
+        module = submodule(model, name)
+        outputs = [torch.tensor(p.outputs).view(units.num, -1)[stay].flatten() for p in units.parts if p.name == name]
+        along = dict.fromkeys((k for k, t in _own(module) if t.ndim), 0)
+        if not is_elementwise(module):
+            along["weight"] = _dims(module)[0]
+        _slice_(module, along, "rows", torch.cat(outputs).sort().values)
+    for name, own in numbers.items():
+        sliced_(submodule(model, name), {}, {key: value * len(stay) // units.num for key, value in own.items()})
+
+
+def _slice_(layer: nn.Module, along: dict[str, int], side: str, at: Tensor) -> None:
+    names = FEATURES[side]
+    if side == "rows" and is_elementwise(layer) and layer_of(layer).operation == "convolution":
+        names = (*names, *FEATURES["columns"], "groups")
+    numbers = {name: len(at) for name in names if type(vars(layer).get(name)) is int}
+    sliced_(layer, {name: (dim, at) for name, dim in along.items()}, numbers)
+
+
+def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+@torch.no_grad()
+def compensate_(model: nn.Module, s: WeightedSVD, kept: int) -> None:
+    """Moves the columns that stay to make up for those that go, which become zero; the bias takes up the mean.
+
+    Args:
+        model: changed in place.
+        s: the steps of a layer.
+        kept: columns that stay.
+    """
+    layer = submodule(model, s.name)
+    lost = s.left[:, kept:] @ s.right[kept:]
+    bias: Any = layer._parameters.get("bias")
+    if bias is not None and s.mean is not None:
+        bias.add_((lost @ s.mean).to(bias.dtype))
+    layout = layout_of(layer)
+    assert layout is not None
+    w = matrix_of(layer)
+    layer.get_parameter("weight").copy_(layout.join((w.double() - lost).to(w.dtype)))

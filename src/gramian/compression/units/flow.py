@@ -1,0 +1,283 @@
+"""Flow: which outputs of which layers become one unit of another layer's input, found by setting them to zero.
+
+A unit can be removed where nothing else in the network sees it: the hidden unit of an MLP (a row of one matrix and a
+column of the next), an attention head (rows of Q, K and V, columns of O), a channel between two convolutions, with what
+a norm between them holds. No class is asked for this: a layer's outputs are set to zero by groups, and what changes is
+compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.block import Block
+from gramian.compression.layers.modules import clean_module_name
+from gramian.layers import layer_of, layout_of, operation_of
+from gramian.recording import evaluating
+
+__all__ = ["Part", "Units", "channel_dim", "find_units", "is_elementwise", "is_near"]
+
+BEFORE = 12
+"""Layers before a consumer that are tried as producers."""
+FUSED = 4
+"""The most matrices that are looked for in one, as the four gates of an LSTM."""
+NEAR = 1e-4
+"""A relative difference that is rounding: heads that are summed in another order differ by it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Outputs of a layer that belong to units.
+
+    Args:
+        name: of the layer.
+        outputs: the number of each output in the order of the units: with `u` units, the first `len / u` are the first
+            unit's.
+    """
+
+    name: str
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units that can be removed without a trace elsewhere.
+
+    Args:
+        name: of the consumer: its columns, in `num` parts of equal length, are the units.
+        num: of units.
+        parts: what produces them, and norms on the way.
+    """
+
+    name: str
+    num: int
+    parts: tuple[Part, ...]
+
+
+def find_units(
+    model: nn.Module, consumers: Collection[str], blocks: Mapping[str, Block], call: Callable[[nn.Module], Tensor]
+) -> tuple[list[Units], dict[str, str]]:
+    """The units of each layer whose inputs come from other layers alone; and why the other layers have none.
+
+    Args:
+        model: in evaluation mode when it is called.
+        consumers: names of layers whose columns may be removed.
+        blocks: of the layers whose rows may be removed, by the name of the layer.
+        call: runs the model on a batch and gives its output.
+
+    Cost: up to some dozens of forward passes for each consumer.
+    """
+    layers = {clean_module_name(name): module for name, module in model.named_modules()}
+    watch = _Watch(layers, call)
+    with evaluating(model), torch.no_grad():
+        watch.record()
+        found: list[Units] = []
+        reasons: dict[str, str] = {}
+        for name in [name for name in watch.order if name in consumers]:
+            units = _units_of(name, blocks, watch)
+            if isinstance(units, str):
+                reasons[name] = units
+            else:
+                found.append(units)
+    reasons |= {name: _not_watched(name, layers) for name in consumers if name not in watch.order}
+    return found, reasons
+
+
+def _not_watched(name: str, layers: Mapping[str, nn.Module]) -> str:
+    """Why a layer was not seen to run once."""
+    outer = name
+    while outer:  # a factor lies deeper
+        outer = outer.rpartition(".")[0]
+        if isinstance(layers[outer], nn.MultiheadAttention):  # which hands its weights to a function
+            return "the heads of nn.MultiheadAttention are not narrowed yet"
+        if isinstance(layers[outer], nn.RNNBase):
+            return "a recurrent module uses it whole; its units are not narrowed yet"
+    return "not run, or run several times"
+
+
+def _units_of(name: str, blocks: Mapping[str, Block], watch: _Watch) -> Units | str:
+    n = watch.inputs[name].shape[channel_dim(watch.layers[name], inputs=True)]
+    at = watch.order.index(name)
+    parts: list[tuple[Part, int]] = []
+    for producer in reversed(watch.order[max(0, at - BEFORE) : at]):
+        for outputs in _fused(producer, blocks, watch, n):
+            num = _granularity(name, producer, outputs, watch)
+            if num:
+                parts.append((Part(producer, tuple(outputs.tolist())), num))
+    if not any(part.name in blocks for part, _ in parts):
+        return "its inputs reach other layers too, or mix before they reach it"
+    num = min(num for _, num in parts)
+    if any(one % num for _, one in parts) or num < 2:
+        return "the layers before it have units of sizes that do not go together"
+    return Units(name, num, tuple(part for part, _ in reversed(parts)))
+
+
+def _fused(name: str, blocks: Mapping[str, Block], watch: _Watch, n: int) -> list[Tensor]:
+    """The outputs of a layer, of each fused part by itself, where their number goes with the consumer's inputs."""
+    layer, block = watch.layers[name], blocks.get(name)
+    rows = 0 if block is None else block.shape[-2]
+    m = watch.outputs[name].shape[channel_dim(layer, inputs=False)]
+    whole = torch.arange(m)
+    if is_elementwise(layer):
+        return [whole] if n % m == 0 and all(len(p) == m for p in layer.parameters(recurse=False)) else []
+    if block is None or block.layout.rows:
+        return []
+    if len(block.shape) == 2 and m > n and m % n == 0 and m <= FUSED * n:  # fused, though no table names it
+        return list(whole.view(-1, n))
+    if len(block.shape) == 2:
+        return [whole] if n % m == 0 else []
+    if len(block.shape) > 3 or getattr(layer, "groups", 1) > 1 or n % rows:
+        return []
+    plain = layout_of(layer)
+    assert plain is not None
+    return list(block.split(plain.join(whole[:, None].expand(plain.matrices)))[..., 0])
+
+
+def _granularity(consumer: str, producer: str, outputs: Tensor, watch: _Watch) -> int:
+    """Into how many units a producer's outputs fall, the most there can be; 0 where it is none."""
+    m = len(outputs)
+    for probe in _probes(producer, outputs, watch):
+        into = watch.run({producer: outputs[probe : probe + 1]}, until=consumer)
+        if into is None:
+            return 0
+        at = watch.changed(consumer, into).nonzero().flatten()
+        if len(at):
+            break
+    else:
+        return 0
+    n = watch.inputs[consumer].shape[channel_dim(watch.layers[consumer], inputs=True)]
+    first, last = int(at.min()), int(at.max())
+    num = max(
+        (d for d in range(1, m + 1) if m % d == n % d == 0 and first * d // n == last * d // n == probe * d // m),
+        default=0,
+    )
+    if num < 2:
+        return 0
+    gone = torch.randperm(num, generator=torch.Generator().manual_seed(0))[: num // 2]
+    zero = {producer: outputs.view(num, -1)[gone].flatten()}
+    into = watch.run(zero, until=consumer)
+    if into is None:
+        return 0
+    others = watch.changed(consumer, into).view(num, -1).index_fill(0, gone, False)
+    return num if not bool(others.any()) and watch.only_through(consumer, zero) else 0
+
+
+def _probes(producer: str, outputs: Tensor, watch: _Watch) -> list[int]:
+    """The outputs that are largest, of either sign: a unit that is never on, as before a ReLU, tells nothing."""
+    dim = channel_dim(watch.layers[producer], inputs=False)
+    values = watch.outputs[producer].movedim(dim, 0).flatten(1)[outputs.to(watch.outputs[producer].device)]
+    largest = (int(values.amax(1).argmax()), int(values.amin(1).argmin()))
+    return list(dict.fromkeys((*largest, 0, len(outputs) - 1)))
+
+
+def channel_dim(layer: nn.Module, *, inputs: bool) -> int:
+    """Where a layer's inputs or outputs have its channels."""
+    if layer_of(layer).operation == "convolution":
+        return -1 - (layer.get_parameter("weight").ndim - 2)
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return 1
+    return -1
+
+
+def is_elementwise(layer: nn.Module) -> bool:
+    """Whether a layer has a number for each channel: a norm, a depthwise convolution."""
+    own = list(layer.parameters(recurse=False))
+    if not own or list(layer.children()):
+        return False
+    depthwise = layer_of(layer).operation == "convolution" and getattr(layer, "groups", 1) == own[0].shape[0]
+    return depthwise or all(p.ndim == 1 and len(p) == len(own[0]) for p in own)
+
+
+def is_near(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding."""
+    return one.shape == other.shape and float((one - other).abs().max()) <= NEAR * float(other.abs().max())
+
+
+class _Watch:
+    """Runs of a model in which outputs of layers are set to zero, with the inputs that layers then have."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], call: Callable[[nn.Module], Tensor]) -> None:
+        self.layers, self.call = layers, call
+        self.model = layers[""]
+        self.order: list[str] = []
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.output = torch.empty(0)
+
+    def record(self) -> None:
+        """One run as the model is."""
+        calls: list[tuple[str, Any, Any]] = []
+        handles = []
+        for name, layer in self.layers.items():
+            affine = operation_of(layer).factors in ("linear", "convolution")
+            if affine or is_elementwise(layer):
+                hook = lambda module, args, output, name=name: calls.append((name, args, output))  # noqa: E731
+                handles.append(layer.register_forward_hook(hook))
+        with _removing(handles):
+            self.output = self.call(self.model)
+        names = [name for name, _, _ in calls]
+        for name, args, output in calls:
+            if names.count(name) == 1 and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                self.order.append(name)
+                self.inputs[name], self.outputs[name] = args[0].clone(), output
+
+    def run(self, zero: Mapping[str, Tensor], *, until: str) -> Tensor | None:
+        """The input of a layer, with outputs of others at zero."""
+        seen: list[Tensor] = []
+
+        def stop(module: nn.Module, args: Any) -> None:
+            seen.append(args[0].clone())
+            raise _Stopped
+
+        with self._zeroed(zero), _removing([self.layers[until].register_forward_pre_hook(stop)]):
+            try:
+                self.call(self.model)
+            except _Stopped:
+                return seen[0]
+        return None
+
+    def only_through(self, consumer: str, zero: Mapping[str, Tensor]) -> bool:
+        """Whether the output is as it was where the consumer's input is put back."""
+        before = self.inputs[consumer]
+        back = lambda module, args: (before, *args[1:])  # noqa: E731
+        with self._zeroed(zero), _removing([self.layers[consumer].register_forward_pre_hook(back)]):
+            return is_near(self.call(self.model), self.output)
+
+    def changed(self, consumer: str, into: Tensor) -> Tensor:
+        """Which of a layer's inputs differ from those of the model as it is."""
+        before = self.inputs[consumer]
+        if before.shape != into.shape:
+            return torch.ones(before.shape[channel_dim(self.layers[consumer], inputs=True)], dtype=torch.bool)
+        gap = (into - before).abs().movedim(channel_dim(self.layers[consumer], inputs=True), 0).flatten(1).amax(1)
+        return gap.cpu() > NEAR * float(before.abs().max())
+
+    @contextmanager
+    def _zeroed(self, zero: Mapping[str, Tensor]) -> Iterator[None]:
+        handles = []
+        for name, outputs in zero.items():
+            dim = channel_dim(self.layers[name], inputs=False)
+            hook = lambda module, args, output, dim=dim, at=outputs: output.index_fill(  # noqa: E731
+                dim, at.to(output.device), 0.0
+            )
+            handles.append(self.layers[name].register_forward_hook(hook))
+        with _removing(handles):
+            yield
+
+
+class _Stopped(Exception):
+    """The layer that was waited for has been reached."""
+
+
+@contextmanager
+def _removing(handles: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
