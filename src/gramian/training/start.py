@@ -123,4 +123,5 @@ INITS: dict[str, Callable[[nn.Module, Task, Objective, int], str]] = {
 # stands for. The others, such as a cast or a compression, are for the user to decide.
 INIT_OF_ACTION: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "isometric_": lambda arguments: "isometric",
+    "reset": lambda arguments: "isometric",  # of all, since none has learned anything yet
 }

@@ -179,8 +179,8 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
 
 def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Finding | None:
     """The first cause, by origin, that a finding follows from."""
-    if finding.severity == "info":
-        return None
+    if finding.severity == "info":  # units whose inputs are constant are never active, or always
+        return next((f for f in serious if f.code == "zero-weights" and finding.code in _UNITS), None)
     driver = next((f for f in serious if f.code in _DRIVERS and f.severity == "error"), None)
     if driver is not None and finding.code in _DRIVEN:
         return driver
