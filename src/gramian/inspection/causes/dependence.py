@@ -25,9 +25,11 @@ NUM_MADE_UP, POWER = 20, 0.9
 # classes.
 MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
 EULER = 0.5772156649
-# Directions that count as the inputs' structure, and how far beyond the edge of noise their variances are. From so many
-# samples on, and above this p-value, labels count as independent that only relations beside the structure could make.
+# Directions that count as the inputs' structure, and how far beyond the edge of noise their variances are. The rest is
+# noise if its fourth moments, and how much the samples differ in it, are no larger than a Gaussian's by these factors.
 MOST_DIRECTIONS, BEYOND = 32, 1.2
+TAILS, UNEVEN = 1.1, 2.0
+# Samples from which on, and p-value above which, products of the structure that are not seen are not there.
 ENOUGH, CLEARLY = 1000, 0.1
 
 
@@ -61,16 +63,16 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
 
     Statistics of all samples: how often the nearest neighbors of a sample have its label, the squared correlation of
     the labels with inputs along the leading principal directions, and the largest with a product of two of few
-    features. Of many features, those directions count as features whose variance independent ones would not have, the
-    structure of the inputs: neighbors there, and all products together. Their distribution without dependence is that
-    under shuffled labels, of which the mean and deviation of 50 are taken.
+    features. Of many features that are noise but for a few directions, the structure, two more: neighbors and all
+    products there. Their distribution without dependence is that under shuffled labels, of which the mean and deviation
+    of 50 are taken.
 
     That none is seen says nothing where none could be: few samples of many independent features are all alike. So the
     tests are also given labels that are made up of these inputs (of tokens' counts): the largest of as many random
     linear functions as there are classes, and of as many products of two; a quarter replaced by others' at random.
     Whether two inputs are alike, or which of them is marked, is such a product: nothing is said where these are missed.
-    With many features, most of which are noise, no test sees such products; from 1,000 samples on, those of the
-    structure do.
+    Where all but the structure is noise, of which no one learns products, those of the structure alone are asked, from
+    1,000 samples on.
 
     Numbers to be predicted count as four classes, by the quarter of their range of ranks; of several, the first.
 
@@ -106,22 +108,25 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
         known = _Known([_neighbors(x), _neighbors(structure)], known.linear, _products(_standardized(structure)))
 
     def tested(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of labels (K, N), the statistics, those of the first shuffled, and the p-values times their number."""
+        """Of labels (K, N), the statistics, those of the first shuffled, and the p-values."""
         shuffled = [labels[0][torch.randperm(len(x), generator=generator)] for _ in range(NUM_SHUFFLES)]
         own, chance = (_statistics(known, of, num) for of in (labels, torch.stack(shuffled)))
         z = (own - chance.mean(0)) / chance.std(0).clamp(min=1e-9)
         p = torch.special.erfc(z / 2**0.5) / 2
         p[:, 2] = -torch.expm1(-torch.exp(-(z[:, 2] * math.pi / 6**0.5 + EULER)))  # a maximum: Gumbel's law
-        return own, chance, (p.amin(1) * z.shape[1]).clamp(max=1.0)
+        if structure is not None:  # a sum of squares of few kinds: a gamma distribution
+            rate = chance[:, 4].mean() / chance[:, 4].var()
+            p[:, 4] = torch.special.gammaincc(rate * chance[:, 4].mean(), rate * own[:, 4])
+        return own, chance, p
 
-    (found,), chance, (p,) = tested(y[None])
-    p, power, linear_power, seen = float(p), 1.0, 1.0, ""
+    (found,), chance, p = tested(y[None])
+    p, power, linear_power, seen = float(_least(p)), 1.0, 1.0, ""
     if p > LEVEL:
         simple = x[:, :num_simple]
 
         def share_seen(of: Tensor, *, are_products: bool) -> float:
-            made_up = _made_up(of, num, generator, are_products=are_products)
-            return float((tested(made_up)[2] < LEVEL).float().mean())
+            found = tested(_made_up(of, num, generator, are_products=are_products))[2]
+            return float((_least(found if of is structure else found[:, :3]) < LEVEL).float().mean())
 
         linear_power, of_products = (share_seen(simple, are_products=which) for which in (False, True))
         seen = f"; of labels made up of these inputs, a quarter of them noise, {linear_power:.0%} are seen where they "
@@ -138,6 +143,11 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
         f"{float(chance[:, 0].mean()):.1%} if labels are shuffled (p = {p:.2g} for dependence{seen})",
         linear_power,
     )
+
+
+def _least(p: Tensor) -> Tensor:
+    """The smallest p-value of each row, times their number."""
+    return (p.amin(1) * p.shape[1]).clamp(max=1.0)
 
 
 def _made_up(x: Tensor, num: int, generator: torch.Generator, *, are_products: bool) -> Tensor:
@@ -219,7 +229,7 @@ def _principal(x: Tensor) -> Tensor:
 
 
 def _structure(x: Tensor) -> Tensor | None:
-    """Coordinates (N, r) along the directions of a variance that independent features do not have; `None` without two.
+    """Coordinates (N, r) along directions beside which the inputs are independent noise; `None` where they are not.
 
     Source: Marchenko & Pastur 1967, for the edge of the variances of noise.
     """
@@ -227,10 +237,18 @@ def _structure(x: Tensor) -> Tensor | None:
     x = x.double()
     squares, u = torch.linalg.eigh(x @ x.T if n < d else x.T @ x)
     edge = float(x.square().mean()) * (n**0.5 + d**0.5) ** 2
-    rank = min(int((squares > BEYOND * edge).sum()), MOST_DIRECTIONS, n // 10)
-    if rank < 2:
+    rank = int((squares > BEYOND * edge).sum())
+    if not 2 <= rank <= min(MOST_DIRECTIONS, n // 10):
         return None
-    return ((u[:, -rank:] * squares[-rank:].sqrt()) if n < d else x @ u[:, -rank:]).float()
+    leading = u[:, -rank:]
+    rest = x - (leading @ (leading.T @ x) if n < d else x @ leading @ leading.T)
+    sizes = rest.square().mean(1)
+    variance = float(sizes.mean())
+    if float(rest.pow(4).mean()) > TAILS * 3 * variance**2:
+        return None
+    if float(sizes.var()) > UNEVEN * 2 * variance**2 / (d - rank):
+        return None
+    return (leading * squares[-rank:].sqrt() if n < d else x @ leading).float()
 
 
 @dataclass(frozen=True)
