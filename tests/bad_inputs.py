@@ -127,6 +127,9 @@ FIELDS = {
         "meta": "lambda out: out.to('meta')",
     },
     "objective": {
+        "a loss without values": "lambda model, batch: torch.ones((), device='meta', requires_grad=True)",
+        "units without values": "lambda model, batch: (model(batch[0]).sum(), torch.ones((), device='meta'))",
+        "infinite units": "lambda model, batch: (model(batch[0]).sum(), float('inf'))",
         "None": "None",
         "a number": "3",
         "text": "'classification'",
@@ -185,6 +188,7 @@ FIELDS = {
         "a class": "dict",
     },
     "evaluate": {
+        "gives a number without a value": "lambda model: {'a': torch.ones((), device='meta')}",
         "None": "None",
         "a number": "3",
         "no arguments": "lambda: {}",

@@ -164,6 +164,7 @@ BAD = [
     (["inspect", "good.safetensors", "--task", "nothing"], "no task is named"),
     (["inspect", "other.safetensors", "--task", "task.py:task"], "does not fit"),
     (["inspect", "good.safetensors", "--html", "absent/x.html"], "does not exist"),
+    (["inspect", "good.safetensors", "--html", "/proc/x.html"], "cannot write /proc/x.html: "),
     (["inspect", "good.safetensors", "--html", "x.pdf"], "ends in .html or .json"),
     (["inspect", "good.safetensors", "--fail-on", "sometimes"], "--fail-on"),
     (["inspect"], "model"),

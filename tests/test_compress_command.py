@@ -280,6 +280,8 @@ BAD = {
     "no_task": (["other.safetensors", "--keep", "0.5"], "--calibrate texts.txt"),
     "both": (["other.safetensors", "--task", "x", "--calibrate", "y", "--keep", "0.5"], "takes the place of a task"),
     "out_exists": (["task.py:task", "--keep", "0.5", "--out", "full"], "full exists already"),
+    "out_of_the_kernel": (["task.py:task", "--keep", "0.5", "--out", "/proc/x"], "cannot write /proc/x"),
+    "plan_of_the_kernel": (["task.py:task", "--keep", "0.5", "--plan", "/proc/x.y"], "cannot write /proc/x.y"),
     "out_nowhere": (["task.py:task", "--keep", "0.5", "--out", "a/b/c"], "does not exist. Create it first"),
     "json": (["task.py:task", "--keep", "0.5", "--json", "x.txt"], "ends in .json"),
     "no_config": (["full", "--calibrate", "task.py", "--keep", "0.5"], "no config.json there"),

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 import gramian as gm
-from gramian.compression.samplewise import by_sample
+from gramian.compression.samplewise import by_sample, draws_of, samples_of
+
+
+def _samples(batches):
+    parts = list(samples_of(batches))
+    return parts, draws_of(parts)
 
 
 class Pooled(nn.Module):
@@ -45,7 +50,7 @@ def case(frozen: bool):
 def test_each_sample_has_the_coefficients_of_its_own_gradient(frozen):
     net, x, direction, objective, plan = case(frozen)
     layers = [plan.model.get_submodule(s.name) for s in plan.spectra]
-    seen = by_sample(plan.model, plan.spectra, layers, [x], objective)
+    seen = by_sample(plan.model, plan.spectra, layers, *_samples([x]), objective)
     net.requires_grad_(True)
     for s, one in zip(plan.spectra, seen, strict=True):
         layer = net.get_submodule(s.name)
@@ -68,5 +73,5 @@ def test_a_layer_whose_rows_are_no_samples_is_left_to_gradients_of_batches():
     objective = gm.Objective.self_distillation()
     plan = gm.compress(net, batches=batches, objective=objective, keep=0.9)
     layers = [plan.model.get_submodule(s.name) for s in plan.spectra]
-    seen = by_sample(plan.model, plan.spectra, layers, batches, objective)
+    seen = by_sample(plan.model, plan.spectra, layers, *_samples(batches), objective)
     assert [one is None for one in seen] == [True, False, False]

@@ -96,7 +96,7 @@ def test_what_is_no_form_gets_one_line(verb: Callable[[Any], Any]) -> None:
         (made, r"got AdamW with parameters of its own.* class AdamW, .* AdamW\(model\.parameters\(\), lr=lr\)"),
         (own, r"Give the class Muon, .* Muon\(model, lr=lr\)"),
         (3, r"must be a name, a class or a function, got int"),
-        ("adam", r"unknown optimizer 'adam'; wanted auto, .* or a class, or a function of the model"),
+        ("adam", r"unknown optimizer 'adam'; wanted auto, .* or in Python a class, or a function of the model"),
         (lambda p, lr: torch.optim.SGD(p, lr), r"called with the model .*Write model\.parameters\(\) where it wants"),
     ]  # fmt: skip
     for optimizer, line in wrong:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gramian.errors import InputError, UnsupportedError
-from gramian.report import Action, Finding, Layer, Report
+from gramian.report import Action, Finding, Layer, Report, check_target
 
 HOSTILE = "<script>alert(1)</script>"
 # What a checkpoint may hold as a name, and what must never come out of it as it is.
@@ -241,3 +241,12 @@ render(Document("t", "v", sections=[Section("s", "", items)]))
 print("torch" in sys.modules, "matplotlib.pyplot" in sys.modules, settings() == before)
 """
     assert run(code) == "False False True"
+
+
+def test_a_report_may_lie_in_or_beside_a_folder_that_is_made_before_it(tmp_path):
+    out = tmp_path / "runs" / "a"
+    for place in (tmp_path / "runs" / "a.html", out / "a.html", tmp_path / "a.html"):
+        check_target(place, made=out)
+    for made in (out, None):
+        with pytest.raises(InputError, match="does not exist"):
+            check_target(tmp_path / "elsewhere" / "a.html", made=made)

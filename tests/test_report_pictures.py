@@ -152,7 +152,7 @@ def test_pictures_are_given_as_figures_with_their_values(tmp_path):
     figures = Document("d", "v", sections=[Section("s", items=[depth, picture, pair, []])]).figures()
     assert list(figures) == ["by depth", "curves", "colors", "colors (2)"]
     top = figures["by depth"].axes[0]
-    np.testing.assert_array_equal(top.lines[0].get_ydata(), [1, math.nan, 0])
+    np.testing.assert_array_equal(top.lines[0].get_xydata(), [[0, 1], [2, 0]])
     assert top.get_yscale() == "log"
     assert figures["curves"].axes[0].get_legend_handles_labels()[1] == [
         "line",

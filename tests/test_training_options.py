@@ -523,7 +523,7 @@ def test_a_comparison_fits_80_columns_and_auto_is_trained_once() -> None:
     display.show_comparison(runs, console)
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert "".join(line[:20].strip() for line in lines[1:6]).startswith("ratestepsecondslossaccuracy")
+    assert "".join(line.split("  ")[0].strip() for line in lines[1:6]).startswith("ratestepsecondslossaccuracy")
     assert all(f"{name} " in lines[0] + " " for name in runs)
     assert "".join(line.split("  ")[0].strip() for line in lines[6:]).startswith(long)
     short = task(model=plain_net)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import gramian as gm
@@ -160,13 +161,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other rows": ({"train_batches": time_first}, r"its tensors have [3, 5] rows"),
     "no row": ({"train_batches": lambda e, g: [(X[:0], Y[:0])]}, r"its tensors have [0] rows"),
     "no sum": ({"objective": contrastive}, "is not the sum over its rows"),
+    "another model": ({"model": lambda: nn.Linear(6, 2 + dist.get_rank())}, "model is Linear of 14 parameters ("),
+    "other steps": ({}, "budget is 3 steps on rank 0, and 4 steps on rank 1. Give all the same"),
     "odd batch": ({"train_batches": lambda e, g: [(X[:4], {1, 2})]}, "this one has a set"),
 }
 
 
 def refusal(name: str) -> str:
     try:
-        gm.train(task(**REFUSED[name][0]), optimizer="adamw", steps=3)
+        steps = 3 + (name == "other steps") * dist.get_rank()
+        gm.train(task(**REFUSED[name][0]), optimizer="adamw", steps=steps)
     except GramianError as error:
         return str(error)
     return "trained"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import gramian as gm
 from cases import seeded
-from gramian.checkpoint import load_tree, save_tensors, save_tree, writing
+from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree, writing
 from gramian.cli import Ending, main
 from gramian.errors import CheckpointError, GramianWarning, InputError, TaskError
 from gramian.tasks import load
-from gramian.training import folder, interrupts, slow, stream
+from gramian.training import folder, interrupts, room, slow, stream
 from runs import Stop, stopping, weights
 
 X = torch.randn(48, 6, generator=seeded(0))
@@ -275,6 +276,62 @@ def test_a_signal_whose_exception_was_lost_ends_the_run(request) -> None:
         signal.raise_signal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
         gm.train(task(), steps=2, optimizer="adamw")
+
+
+class Dropping:
+    """Ctrl-C comes where Python drops its exception, as in the callbacks of an import."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def swallowing() -> nn.Module:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise RuntimeError("a module that was imported halfway") from None
+    return net()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("out", [None, "run"])
+@pytest.mark.parametrize(("where", "steps"), [("model", 0), ("swallowed", 0), ("step", 3)])
+def test_ctrl_c_whose_exception_was_lost_ends(tmp_path, request, where: str, out: str | None, steps: int) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    seen = []
+
+    def on_step(run: gm.Run, share: float) -> None:
+        seen.append(run.steps)
+        if where == "step" and run.steps == steps - 1:
+            Dropping()
+
+    model = {"model": lambda: (Dropping(), net())[1], "swallowed": swallowing, "step": net}[where]
+    with pytest.raises(KeyboardInterrupt):
+        gm.train(task(model=model), steps=9, optimizer="adamw", on_step=on_step, out=out and tmp_path / out)
+    assert max(seen, default=0) in (steps, steps - 1)  # with a folder, it is noted at once, and the run is kept
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists() == (out is not None and where == "step")
+
+
+def test_the_memory_of_a_checkpoint_is_made_before_it_is_needed(tmp_path, monkeypatch) -> None:
+    sizes, left = [], []
+    monkeypatch.setattr(room, "LEAST", 0)
+    monkeypatch.setattr(folder, "LARGEST_SHARE", float("inf"))
+    monkeypatch.setattr(room.Room, "_touch", lambda self, size: (sizes.append(size), self._enough.wait(60)))
+    keep = room.Room.leave
+    monkeypatch.setattr(room.Room, "leave", lambda self: (left.append(keep(self)), self)[1])
+    with suppress(Stop):
+        gm.train(task(), steps=9, optimizer="adamw", out=tmp_path, on_step=stopping(6), ema=0.9)
+    tensors, _ = load_tensors(tmp_path / "checkpoint.safetensors")
+    parts = [name for name in tensors if name.startswith(("/model", "/optimizer", "/average"))]
+    assert sizes == [sum(tensors[name].nbytes for name in parts)]  # once, after the first step
+    assert left  # the checkpoint did not wait for the rest of it
+    with ThreadPoolExecutor(1) as thread:
+        begun = room.Room(thread)
+        begun._enough.set()
+        begun.make(2**60)  # nobody has so much
+        begun.leave()
 
 
 def test_what_goes_on_for_long_is_told(monkeypatch) -> None:

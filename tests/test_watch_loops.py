@@ -223,6 +223,15 @@ def test_small_tensors_of_ones_own_are_looked_at_in_one_call() -> None:
             assert not all_finite(small, owned=True)
         t.copy_(k)
     assert all_finite([torch.full((4,), 3e38)], owned=True)
+    for other in (torch.eye(3).to_sparse(), torch.ones(()).expand(4), torch.ones(2, dtype=torch.complex64)):
+        assert all_finite([*small, other], owned=True)  # which that call refuses
+        assert not all_finite([*small, other * float("inf")], owned=True)
+    large = torch.zeros(2**14)
+    assert all_finite([large, *small], owned=True)
+    for t, at in ((large, 5), (small[1], 3)):
+        t[at] = float("nan")
+        assert not all_finite([large, *small], owned=True)
+        t[at] = 0.0
 
 
 def test_of_large_matrices_some_rows_are_compared() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from gramian import errors, init, integrations, linalg, operators, optim, prox, random, tasks
+    from gramian import errors, init, integrations, linalg, operators, optim, prox, random, report, tasks
     from gramian.block import Block, Blocks, Layout, blocks
     from gramian.compression import (
         NarrowPlan,

@@ -28,6 +28,7 @@ __all__ = [
     "fields",
     "first_samples",
     "has_arrays",
+    "is_pair",
     "main_input",
     "mapped",
     "num_samples",
@@ -125,6 +126,26 @@ def parts(batch: Any) -> Parts:
     if isinstance(batch, Tensor) or not callable(getattr(batch, "to", None)):
         return Parts(batch)
     return Parts(batch, *(_first_named(_Attributes(batch), names) for names in (LABELS, WEIGHTS)))
+
+
+def is_pair(batch: Any) -> bool:
+    """Whether a batch is the usual one, two plain tensors: what it is then need not be asked part by part.
+
+    A step of a small network takes no longer than these questions.
+
+    Args:
+        batch: any batch.
+
+    Returns: whether it is `(inputs, labels)`, a tuple of two tensors.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> import torch
+    >>> is_pair((torch.ones(2, 3), torch.zeros(2))), is_pair([torch.ones(2, 3), torch.zeros(2)])
+    (True, False)
+    """
+    return type(batch) is tuple and len(batch) == 2 and type(batch[0]) is Tensor and type(batch[1]) is Tensor
 
 
 class _Attributes(Mapping[str, Any]):

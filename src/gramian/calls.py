@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gramian import placement
 from gramian.arguments import arguments_of
-from gramian.batch import LABELS, WEIGHTS, Parts, described, fields, has_arrays, mapped, parts, tensors
+from gramian.batch import LABELS, WEIGHTS, Parts, described, fields, has_arrays, is_pair, mapped, parts, tensors
 from gramian.errors import InputError, UnsupportedError
 from gramian.misuse import instead_of_model
 
@@ -171,8 +171,8 @@ def prepared(model: nn.Module, batch: Any) -> Any:
     True
     """
     first = _first_parameter(model)
-    if type(batch) is tuple and all(type(t) is Tensor and (first is None or t.device == first.device) for t in batch):
-        return batch  # the usual one, at once
+    if is_pair(batch) and (first is None or (batch[0].device == first.device == batch[1].device)):
+        return batch
     batch = mapped(batch, lambda t: t) if has_arrays(batch) else batch
     if first is not None and _is_elsewhere(batch, first.device) and _is_on_one_device(model):
         batch = mapped(batch, lambda t: t.to(first.device), lambda value: _moved(value, first.device))
@@ -256,13 +256,13 @@ def called(model: nn.Module, batch: Any) -> Any:
     >>> called(nn.Flatten(), {"input": torch.ones(2, 3, 1), "labels": torch.zeros(2)}).shape
     torch.Size([2, 3])
     """
-    given = parts(batch)
-    args, kwargs = _matched(model, given, fields(batch) or {})
+    given = None if is_pair(batch) and len(arguments_of(model).required) < 2 else parts(batch)
+    args, kwargs = ((batch[0],), {}) if given is None else _matched(model, given, fields(batch) or {})
     try:
         return model(*args, **kwargs)
     except (RuntimeError, TypeError, AttributeError) as error:
         hint = _dtype_hint(model, [*args, *kwargs.values()], str(error))
-        hint = hint or _type_hint(model, given.inputs, str(error))
+        hint = hint or _type_hint(model, parts(batch).inputs, str(error))
         if hint is None:
             raise
         raise InputError(hint) from error
@@ -308,8 +308,6 @@ def _matched(model: nn.Module, given: Parts, whole: Mapping[str, Any]) -> tuple[
 def _by_place(model: nn.Module, given: Parts) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with inputs that have no names: one, or as many as there are in a tuple."""
     takes, inputs = arguments_of(model), given.inputs
-    if type(inputs) is Tensor and len(takes.required) < 2:
-        return (inputs,), {}  # the usual call, at once
     several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
     by_name = {**dict.fromkeys(LABELS, given.labels), **dict.fromkeys(WEIGHTS, given.weights)}
     extra = {name: by_name[name] for name in takes.required[1:] if by_name.get(name) is not None}

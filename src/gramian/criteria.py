@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.alignment import Align, Select, kept, unpadded, weights_of, with_dtype
-from gramian.batch import described, fields, token_mask
+from gramian.batch import described, fields, is_pair, token_mask
 from gramian.calls import called, tensor_of
 from gramian.errors import InputError
 
@@ -56,6 +56,7 @@ def cross_entropy(
         raise InputError(f"objective: weight must be one number, at least zero, of each class; got {described(weight)}")
     if not 0 <= label_smoothing <= 1:
         raise InputError(f"objective: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    is_plain = classes is None and padding is None
 
     def flat(output: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scores (N, C), labels (N,) and weights (N,) or `None`; what does not count has `ignore_index`."""
@@ -73,6 +74,15 @@ def cross_entropy(
         labels = labels if found.keep is None else labels.masked_fill(~found.keep, ignore_index)
         weights = None if found.weights is None else found.weights.flatten()
         return _wide(scores.flatten(0, -2)), labels.flatten(), weights
+
+    def is_flat(output: Any, batch: Any) -> bool:
+        """Whether `flat` has nothing to do: scores (N, C) and labels (N,) of samples, on the processor."""
+        if not is_plain or not is_pair(batch) or type(output) is not Tensor or output.dtype != torch.float32:
+            return False
+        labels = batch[1]
+        if labels.dtype != torch.int64 or not (labels.is_cpu and output.is_cpu):
+            return False
+        return output.ndim == 2 and labels.ndim == 1 and len(output) == len(labels) > 0
 
     def total(scores: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         c = None if classes is None else classes.to(scores)
@@ -102,9 +112,15 @@ def cross_entropy(
             counted = counted * ((1 - smoothing) * c[labels.clamp(0, len(c) - 1)] + smoothing * c.mean())
         return counted if weights is None else counted * weights
 
-    def criterion(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    def criterion(output: Any, batch: Any) -> tuple[Tensor, Tensor | int]:
+        if is_flat(output, batch):
+            labels = batch[1]
+            losses = total(output, labels, None)
+            if ignore_index < 0 and labels.min().item() >= 0:  # in one operation less: none is ignored
+                return losses, len(labels)
+            return losses, torch.count_nonzero(labels != ignore_index)
         scores, labels, weights = flat(output, batch)
-        if weights is None and classes is None:  # the usual case, in one operation less
+        if weights is None and classes is None:
             return total(scores, labels, None), torch.count_nonzero(labels != ignore_index)
         return total(scores, labels, weights), counts(scores, labels, weights).sum()
 

@@ -7,6 +7,7 @@ second moments of the gradient that differ four-fold. So an objective is a pair:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -120,11 +121,25 @@ class Objective:
             batch: passed to `predict` and `criterion`.
             empty: whether a batch may have no units, as where all labels are ignored.
         """
+        return self.checked(self._result(model, batch), empty=empty)
+
+    def summed(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+        """As `loss`, with the number of units as a number, which may be zero: what a training step needs.
+
+        Args:
+            model: passed to `predict`.
+            batch: passed to `predict` and `criterion`.
+        """
+        total, _, number = self._read(self._result(model, batch), empty=True)
+        return total, number
+
+    def _result(self, model: nn.Module, batch: Any) -> Any:
+        """What the criterion returns for a batch."""
         batch = prepared(model, batch)
         for observer in _OBSERVERS.get(self.criterion, ()):
             observer.before_forward(batch)
         predict = getattr(self.predict, "prepares", self.predict)  # the batch is prepared already
-        return self.checked(self.criterion(predict(model, batch), batch), empty=empty)
+        return self.criterion(predict(model, batch), batch)
 
     def checked(self, result: Any, *, empty: bool = False) -> tuple[Tensor, Tensor]:
         """The criterion's result as two scalar tensors. Raises `InputError` for any other result.
@@ -133,6 +148,13 @@ class Objective:
             result: of `criterion`.
             empty: whether it may have no units.
         """
+        total, units, _ = self._read(result, empty=empty)
+        if not isinstance(units, Tensor) or units.device != total.device:
+            units = torch.as_tensor(units, device=total.device)
+        return total, units if units.ndim == 0 else units.reshape(())
+
+    def _read(self, result: Any, *, empty: bool) -> tuple[Tensor, Any, float]:
+        """The sum of the losses, and the units, as the criterion gave them and as a number."""
         wanted = "criterion(output, batch) must return (sum of losses, number of units): a scalar tensor and a count"
         if not (type(result) is tuple or isinstance(result, Sequence)) or len(result) != 2:
             raise InputError(f"objective: {wanted}; got {described(result)}")
@@ -141,12 +163,15 @@ class Objective:
             raise InputError(f"objective: {wanted}; the first is {described(total)}. Sum over the batch")
         if total.is_complex():
             raise InputError(f"objective: the loss is complex, {total.dtype}; wanted a real number, as loss.real")
-        if not isinstance(units, Tensor) or units.device != total.device:
-            units = torch.as_tensor(units, device=total.device)
-        # As a number, since a comparison of tensors costs a small model's step more than the waiting for its result.
-        if units.numel() != 1 or not (units.item() >= 0 if empty else units.item() > 0):
-            raise InputError(f"objective: units: {described(units)}. A batch needs at least one unit, as a label")
-        return total if total.ndim == 0 else total.reshape(()), units if units.ndim == 0 else units.reshape(())
+        given = units if type(units) is int else torch.as_tensor(units)
+        if total.is_meta or (isinstance(given, Tensor) and given.is_meta):
+            raise InputError("objective: the loss or the units are on the meta device and have no values")
+        number = float(given) if isinstance(given, int) else given.item() if given.numel() == 1 else math.nan
+        # Compared as a number, since a comparison of tensors costs a small model more than the waiting for its result.
+        if not (0 <= number < math.inf if empty else 0 < number < math.inf):
+            told = described(torch.as_tensor(units))
+            raise InputError(f"objective: units: {told}. A batch needs at least one unit, as a label")
+        return total if total.ndim == 0 else total.reshape(()), units, float(number)
 
     def losses(self, output: Any, batch: Any, fisher: Fisher, generator: torch.Generator) -> Iterator[Tensor]:
         """The losses whose gradients' outer products sum to the second moment `fisher`.

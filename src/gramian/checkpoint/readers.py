@@ -18,7 +18,7 @@ from gramian.checkpoint.torchfiles import LEGACY, bare_pickle, read_legacy, read
 from gramian.checkpoint.trees import weights_in_tree
 from gramian.errors import CheckpointError
 
-__all__ = ["FOREIGN", "FORMATS", "reader"]
+__all__ = ["FOREIGN", "FORMATS", "forget", "reader"]
 
 # What is read: the word for it, its usual suffixes, and the reader. Files are told apart by their contents.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Path], Content]]] = {
@@ -77,6 +77,11 @@ def reader(path: Path, *, verify: bool = True) -> Content:
     except OSError as error:
         raise damaged(path, error) from error
     return _parsed(path, now, verify)
+
+
+def forget() -> None:
+    """Drops what is kept of files that were read: a map of a file takes memory for all that was ever read of it."""
+    _parsed.cache_clear()
 
 
 @lru_cache(maxsize=16)

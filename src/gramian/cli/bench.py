@@ -57,6 +57,8 @@ def command(
     if freeze:
         from gramian.bench.faults import freeze as freeze_cases
 
+        if cases is not None:
+            report.check_target(cases, (cases.suffix.lower(),))
         with Stages(quiet) as stages:
             path = freeze_cases(lambda what: stages(what, 0.0, ""), held_out=held_out, cases=cases)
         if not quiet:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 __all__ = ["AUGMENTATIONS", "INITS", "OPTIMIZERS", "PENALTIES", "PRECISIONS", "SCHEDULES", "TASKS", "completing"]
 
-OPTIMIZERS = ("auto", "muon", "adamw", "sgd", "shampoo", "soap")
+OPTIMIZERS = ("auto", "muon", "adamw", "sgd", "balanced", "shampoo", "soap")
 SCHEDULES = ("linear", "constant", "cosine", "step", "exponential", "plateau")
 PENALTIES = ("l1", "l2", "nuclear", "spectral", "orthogonal")
 AUGMENTATIONS = ("shift", "rotate", "scale", "flip", "cutout", "noise", "mask", "mixup")

@@ -72,6 +72,10 @@ def command(
         Path | None,
         typer.Option(parser=path, help="A plan: read in place of calibrating, or written where there is none."),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="With --calibrate and --keep: read the folder block by block, in this memory, as 6GB."),
+    ] = None,
     curve: Annotated[bool, typer.Option("--curve/--no-curve", help="Evaluate at shares from 0.9 to 0.1.")] = True,
     json: Annotated[Path | None, typer.Option(parser=path, help="Write the figures as JSON.")] = None,
     quiet: Quiet = False,
@@ -80,21 +84,32 @@ def command(
 
     Give one of --keep, --size, --bits, --sparsity, --max-drop and --speedup. DIR gets report.html, report.json and the
     model: a folder that from_pretrained loads after `import gramian.integrations.compressed`, or model.safetensors for
-    gm.load_compressed. Under torchrun the processes calibrate and factor together, each with its share of the batches;
-    the first one does the rest.
+    gm.load_compressed. With --memory, the model is read, factored and written block by block, and --out holds what
+    waits on the disk meanwhile. Under torchrun the processes calibrate and factor together, each with its share of the
+    batches; the first one does the rest.
     """
     from gramian import report
+
+    if json is not None:
+        report.check_target(json, (".json",))
+    if out is not None:
+        _check_free(out)
+        report.check_folder(out, "Choose another --out.")
+    if plan is not None and not plan.exists():  # else it is read
+        report.check_target(plan, (plan.suffix.lower(),))
     from gramian.compression import save_compressed
     from gramian.compression.deciding import Target, decide
     from gramian.compression.making import plan_for
     from gramian.placement import agreed
 
+    if memory is not None:
+        others = [task, max_drop, speedup, size, bits, sparsity, plan, metric or None, direction, narrow or None]
+        if calibrate is None or keep is None or any(one is not None for one in others):
+            raise InputError("compress: --memory takes --calibrate and --keep, and no other target, task or plan")
+        _in_shards(model, calibrate, out, json, {"keep": keep, "memory": memory, "batches": batches}, quiet)
+        return
     zeros = None if sparsity is None else sparsity if ":" in sparsity else _number(sparsity)
     target = Target(keep, max_drop, speedup, size, bits, zeros, by.value, narrow)
-    if json is not None:
-        report.check_target(json, (".json",))
-    if out is not None:
-        _check_free(out)
     with told_once(), ranks() as first, Stages(quiet or not first) as stages:
         if not first:
             warnings.simplefilter("ignore", GramianWarning)  # the first rank has the same
@@ -122,10 +137,6 @@ def command(
             seconds=seconds,
             progress=stages,
         )
-    numbers = made.outcome.to_json()
-    if json is not None:
-        report.write_text(json, numbers)
-    page = made.outcome.to_document()
     if out is not None:
         _make(out)
         is_folder = hasattr(made.model, "save_pretrained")
@@ -134,6 +145,33 @@ def command(
             from gramian.integrations.texts import copy_companions
 
             copy_companions(model, out)
+    _report(made.outcome, json, out, quiet)
+
+
+def _in_shards(
+    model: str, calibrate: Path, out: Path | None, json: Path | None, options: dict[str, Any], quiet: bool
+) -> None:
+    """Compress a folder that does not fit into memory."""
+    from gramian import report
+    from gramian.integrations.shards import compress_folder
+
+    if json is not None:
+        report.check_target(json, (".json",))
+    if out is not None:
+        _check_free(out)
+    with told_once(), Stages(quiet) as stages:
+        outcome = compress_folder(model, calibrate, out, tell=stages, **options)
+    _report(outcome, json, out, quiet)
+
+
+def _report(outcome: Any, json: Path | None, out: Path | None, quiet: bool) -> None:
+    """Write the figures and the page, and show it."""
+    from gramian import report
+
+    numbers, page = outcome.to_json(), outcome.to_document()
+    if json is not None:
+        report.write_text(json, numbers)
+    if out is not None:
         report.write_text(out / "report.json", numbers)
         page.save(out / "report.html")
     if not quiet:
@@ -172,8 +210,6 @@ def _check_free(out: Path) -> None:
     """Refuse a folder that holds something, before anything is computed."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"compress: {out} exists already. Choose another --out, or delete it")
-    if not out.resolve().parent.is_dir():
-        raise InputError(f"compress: the folder {out.parent} for --out does not exist. Create it first")
 
 
 def _make(out: Path) -> None:

@@ -83,6 +83,8 @@ def command(
             report.check_target(target)
     if extract_lora is not None and against is None:
         raise InputError("--extract-lora needs --against BASE: an adapter is a difference from a base model")
+    if extract_lora is not None:
+        report.check_folder(out, "Choose another --out.")
     options: dict[str, Any] = {"quick": quick, "input_size": (input_size, input_size)}
     if verify and against is not None:
         raise InputError("--verify tries the remedies of one model; --against compares two")

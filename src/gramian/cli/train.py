@@ -187,7 +187,7 @@ def command(
     if json is not None:
         from gramian import report
 
-        report.check_target(json, (".json",))
+        report.check_target(json, (".json",), made=out)
         json = json.absolute()
     rate = _rate(lr)
     options = {"schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "ema": ema}

@@ -27,7 +27,7 @@ from gramian.recording.recorder import WITHOUT_AUTOGRAD
 from gramian.site import Site
 from gramian.statistics import Statistics
 
-__all__ = ["Calibration", "Measure", "Reader", "around_output", "calibrate", "cuttable", "hashes"]
+__all__ = ["Calibration", "Measure", "Reader", "around_output", "calibrate", "cuttable", "draws_for", "hashes"]
 
 HELD_OUT = 8
 """One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
@@ -39,6 +39,10 @@ ENOUGH, ROWS, EVERY = 8, 32, 4
 """From so many batches, and so many rows for each dimension of every G on, one batch of so many is differentiated. A
 decides how a layer is cut, and G only what it counts, so that G may have fewer rows; a backward pass with its Grams
 takes half of the time."""
+VANISHES = (
+    "the gradient of the loss is zero at this model, as that of a distance to its own output is: layers are "
+    "weighted by how much they move the model's output instead (labels drawn around it, fisher='sampled')"
+)
 MOST_DRAWS = 8
 """How often labels are drawn for a batch, at most, where there are too few batches for so many rows."""
 
@@ -77,6 +81,7 @@ class Calibration:
         measure: on what the rise of the loss is measured; `None` where there is nothing.
         notes: what a person has to know of the data, in sentences.
         ranks: which processes made it together.
+        latest: what was computed of the last layer's inputs, which the next one may share.
     """
 
     stats: Statistics
@@ -87,6 +92,7 @@ class Calibration:
     measure: Measure | None = None
     notes: list[str] = field(default_factory=list)
     ranks: Collective | None = None
+    latest: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 def calibrate(
@@ -126,10 +132,7 @@ def calibrate(
     if _vanishes(model, objective, firsts, stats):
         used = around_output(objective)
         stats = capture(model, firsts, used)
-        notes.append(
-            "the gradient of the loss is zero at this model, as that of a distance to its own output is: layers are "
-            "weighted by how much they move the model's output instead (labels drawn around it, fisher='sampled')"
-        )
+        notes.append(VANISHES)
     drawn = redrawn(used, _draws(stats, used, reader, asked))
     rank = placement.world(ranks.group).rank if ranks.together else 0
     generator = torch.Generator(next((p.device for p in model.parameters()), "cpu")).manual_seed(1 + rank)
@@ -159,7 +162,20 @@ def _draws(stats: Statistics, objective: Objective, reader: Reader, asked: Colle
         for site in _sites(stats, asked)
         if isinstance(site.G, Gram) and site.A is not None
     ]
-    return max(1, min(MOST_DRAWS, round(max((ROWS * dim / max(rows, 1.0) for dim, rows in sides), default=1.0))))
+    return max((draws_for(objective, dim, rows) for dim, rows in sides), default=1)
+
+
+def draws_for(objective: Objective, dim: int, rows: float) -> int:
+    """How often labels are drawn, so that a G of so many dimensions has ROWS rows for each.
+
+    Args:
+        objective: whose labels they are.
+        dim: of G.
+        rows: of the layer's outputs, if labels are drawn once.
+    """
+    if objective.fisher != "sampled":
+        return 1
+    return max(1, min(MOST_DRAWS, round(ROWS * dim / max(rows, 1.0))))
 
 
 def redrawn(objective: Objective, times: int) -> Objective:

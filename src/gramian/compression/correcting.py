@@ -7,7 +7,7 @@ gradients of the weight on batches that the statistics have not seen tell the tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,13 @@ from gramian.calls import prepared
 from gramian.compression.calibrating import cuttable
 from gramian.compression.lowrank import matrix_of
 from gramian.compression.modules import submodule
-from gramian.compression.samplewise import by_sample, rounding_ratio
+from gramian.compression.samplewise import by_sample, draws_of, rounding_ratio, samples_of
 from gramian.compression.weighted import WeightedSVD
 from gramian.layers import layout_of
 from gramian.objective import Objective
 from gramian.recording import evaluating
 
-__all__ = ["corrected"]
+__all__ = ["corrected", "corrected_by", "parts_of"]
 
 SAMPLES = 48
 """Gradients, each of a batch with labels drawn from the model's output. A factor is then within a fifth or so."""
@@ -60,19 +60,40 @@ def corrected(
     each other layer's gradient with its factors.
     Source: the eigenvalues of EKFAC (George et al. 1806.03884, eq. 10), summed over what is cut.
     """
-    layers = [submodule(model, s.name) for s in spectra]
-    weights = [layer._parameters.get("weight") for layer in layers]
-    if objective.sampled is None or not batches or any(w is None for w in weights):
+    if objective.sampled is None or not batches:
         return tuple(spectra)
-    seen = by_sample(model, spectra, layers, batches, objective)
+    samples = list(samples_of(batches))
+    return corrected_by(model, spectra, samples, draws_of(samples), parts_of(batches), objective)
+
+
+def corrected_by(
+    model: nn.Module,
+    spectra: Sequence[WeightedSVD],
+    samples: Iterable[tuple[Any, int]],
+    draws: int,
+    parts: Iterable[tuple[Any, int]],
+    objective: Objective,
+) -> tuple[WeightedSVD, ...]:
+    """`corrected`, by batches that are cut already.
+
+    Args:
+        model, spectra, objective: as there.
+        samples: as from `samples_of`, read once.
+        draws: for each of these.
+        parts: as from `parts_of`, for layers that do not show single samples.
+    """
+    layers = [submodule(model, s.name) for s in spectra]
+    if any(layer._parameters.get("weight") is None for layer in layers):
+        return tuple(spectra)
+    seen = by_sample(model, spectra, layers, samples, draws, objective)
     rest = [i for i, one in enumerate(seen) if one is None]
-    of_rest = _coefficients(model, [spectra[i] for i in rest], [layers[i] for i in rest], batches, objective)
-    parts = [([], []) if one is None else (one.rows, one.rounds) for one in seen]
-    for i, part in zip(rest, of_rest, strict=True):
-        parts[i] = part
+    of_rest = _coefficients(model, [spectra[i] for i in rest], [layers[i] for i in rest], parts, objective)
+    found = [([], []) if one is None else (one.rows, one.rounds) for one in seen]
+    for i, one in zip(rest, of_rest, strict=True):
+        found[i] = one
     return tuple(
-        s.scaled(_factor(s, cuts), sum(rounds) / len(rounds)) if cuts and rounds else s
-        for s, (cuts, rounds) in zip(spectra, parts, strict=True)
+        s.scaled(_factor(s, cuts), sum(rounds) / len(rounds) if rounds else 1.0) if cuts else s
+        for s, (cuts, rounds) in zip(spectra, found, strict=True)
     )
 
 
@@ -80,7 +101,7 @@ def _coefficients(
     model: nn.Module,
     spectra: Sequence[WeightedSVD],
     layers: Sequence[nn.Module],
-    batches: Sequence[Any],
+    parts: Iterable[tuple[Any, int]],
     objective: Objective,
 ) -> list[tuple[list[Tensor], list[float]]]:
     """For each layer: of gradients, the product with each of its components, by the square root of the units; and of
@@ -101,7 +122,7 @@ def _coefficients(
         for w in frozen:
             w.requires_grad_(True)
         with evaluating(model), torch.enable_grad():
-            for given, draws in _parts(batches):
+            for given, draws in parts:
                 batch = prepared(model, given)
                 output = objective.predict(model, batch)
                 _, units = objective.checked(objective.criterion(output, batch), empty=True)
@@ -125,7 +146,7 @@ def _coefficients(
                             if not bool(products.isfinite().all()):
                                 continue
                             cuts.append(products[None])
-                            if len(cuts) % ROUNDED == 1:
+                            if len(cuts) % ROUNDED == 1 and s.feedback.known:
                                 rounds.append(rounding_ratio(s.feedback, gradient, matrix_of(layer)) / float(units))
     finally:
         for w in frozen:
@@ -133,8 +154,12 @@ def _coefficients(
     return found
 
 
-def _parts(batches: Sequence[Any]) -> Iterator[tuple[Any, int]]:
-    """Parts of PART samples spread over the batches, at most SAMPLES of them, and how many gradients each gives."""
+def parts_of(batches: Sequence[Any]) -> Iterator[tuple[Any, int]]:
+    """Parts of PART samples spread over the batches, at most SAMPLES of them, and how many gradients each gives.
+
+    Args:
+        batches: any.
+    """
     places = []
     for batch in batches:
         num = cuttable(batch)

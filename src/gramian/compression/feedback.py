@@ -45,6 +45,16 @@ class Feedback:
     factor: Tensor
     outputs: Tensor
 
+    @classmethod
+    def unknown(cls) -> Feedback:
+        """That of a layer that is not to be rounded or pruned."""
+        return cls(*[torch.empty(0)] * 3)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is one."""
+        return len(self.outputs) > 0
+
     @property
     def diagonal(self) -> Tensor:
         """(n,), `U_jj` in the settling order."""

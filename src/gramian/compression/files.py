@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,13 @@ from gramian.compression.experts import dense_weight
 from gramian.compression.ranks import factor, ranks_of, restore
 from gramian.errors import CheckpointError, some
 
+if TYPE_CHECKING:
+    from gramian.compression.plan import Plan
+
 __all__ = ["has_ranks", "load_compressed", "pretrained_support", "save_compressed"]
 
 
-def save_compressed(model: nn.Module, path: str | Path) -> None:
+def save_compressed(model: nn.Module | Plan, path: str | Path) -> None:
     """Writes a factored model at its small size: one safetensors file, or for a model of transformers a folder.
 
     A path that ends in `.safetensors` is a file, with the ranks of the layers in its metadata; a model of transformers
@@ -32,7 +35,8 @@ def save_compressed(model: nn.Module, path: str | Path) -> None:
     `import gramian.integrations.compressed`, and raises without.
 
     Args:
-        model: from `Plan.apply()`, trained further or not.
+        model: from `Plan.apply()`, trained further or not; or the plan itself of a model in shards, which is written
+            part by part.
         path: the file to write or replace, or the folder.
 
     Raises:
@@ -50,7 +54,12 @@ def save_compressed(model: nn.Module, path: str | Path) -> None:
     >>> load_compressed(dense, path)[0].rank
     2
     """
-    model, path = unwrapped(as_model(model, "save_compressed")), as_path(path, "save_compressed")
+    path = as_path(path, "save_compressed")
+    write = getattr(model, "write", None)
+    if write is not None and not isinstance(model, nn.Module):
+        write(path)
+        return
+    model = unwrapped(as_model(model, "save_compressed"))
     support = pretrained_support()
     if support is not None and support.is_pretrained(model) and path.suffix != ".safetensors":
         support.save_folder(model, path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -33,7 +34,7 @@ from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
 from gramian.statistics import Statistics
 
-__all__ = ["compress", "judged"]
+__all__ = ["by_default", "compress", "judged", "nothing"]
 
 DEFAULT_KEEP = 0.5
 VARIED = 1e-6
@@ -43,7 +44,7 @@ FEW_UNITS = 16
 
 
 def compress(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     stats: Statistics | Batches | None = None,
     objective: Objective | Callable | None = None,
     *,
@@ -53,6 +54,8 @@ def compress(
     of: Literal["all", "factorable"] = "all",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    memory: int | float | str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """Plans how to factor, round or prune linear layers and convolutions so that the loss grows least.
@@ -68,7 +71,9 @@ def compress(
 
     Args:
         model: left untouched; the plan has a copy. Layers that are factored already are cut further. Under DDP all
-            ranks call this together, each with its own batches; they share the work, and have the same plan.
+            ranks call this together, each with its own batches; they share the work, and have the same plan. Or the
+            folder of a model of transformers, which is then read part by part, a block at a time: for one that does
+            not fit into memory, see docs/compress.md.
         stats: from `gm.capture`, best with `fisher="gauss_newton"`; or batches, as `batches`:
             `compress(model, batches, objective)`.
         batches: as in `gm.capture`, in place of `stats`; they are read once, and an eighth is kept to measure the rise
@@ -82,6 +87,8 @@ def compress(
         of: what `keep` is a share of: "all" parameters of the model, or those of the "factorable" layers' weights.
         include: name patterns (`"encoder.*"`): only layers that match one are factored.
         exclude: name patterns of layers that stay as they are.
+        memory: of a folder: what the process may have, as `"6GB"`; batches are cut to fit.
+        scratch: of a folder: where what waits on the disk is put; by default where temporary files are.
         progress: called with the number of layers done.
 
     Returns:
@@ -104,6 +111,19 @@ def compress(
     >>> plan.ranks["0"] < 8, plan.parameters <= 0.6 * plan.parameters_dense
     (True, True)
     """
+    if isinstance(include, str) or isinstance(exclude, str):
+        raise InputError("compress: include and exclude are lists of patterns: exclude=['lm_head']")
+    if isinstance(model, (str, os.PathLike)):
+        from gramian.compression.streaming import compress_shards  # which plans by what stands here
+
+        given = batches if stats is None else stats
+        if given is None or isinstance(given, Statistics) or objective is None:
+            raise InputError("compress: a folder needs batches and an objective: compress(folder, batches, objective)")
+        options: dict[str, Any] = {"held_out": held_out, "keep": keep, "of": of, "include": include, "exclude": exclude}
+        options |= {"memory": memory, "scratch": scratch, "progress": progress}
+        return compress_shards(model, given, objective, **options)
+    if memory is not None or scratch is not None:
+        raise InputError("compress: memory and scratch are for the folder of a model, in place of the model")
     model = as_model(model, "compress")
     if stats is not None and not isinstance(stats, Statistics):
         if batches is not None:
@@ -112,8 +132,6 @@ def compress(
                 "compress(model, batches, objective)"
             )
         stats, batches = None, stats
-    if isinstance(include, str) or isinstance(exclude, str):
-        raise InputError("compress: include and exclude are lists of patterns: exclude=['lm_head']")
     plain = unwrapped(model)
     low = factored(plain) if stats is None else {}  # statistics of a factored model are of its factors
     dense = plain
@@ -123,7 +141,7 @@ def compress(
     found = [_cut_further(target, low, reasons) for target in found]
     found = [target for target in found if target.name not in reasons]
     if not found:
-        raise _nothing(plain, reasons)
+        raise nothing(plain, reasons)
     if stats is not None:
         calibration = Calibration(stats, samples=stats.units)
         judges = batches if held_out is None else held_out
@@ -150,10 +168,10 @@ def compress(
         open_(one, [target.name for target in found])
     found = [target._replace(module=submodule(whole, target.name)) for target in found]
     spectra, uncaptured = _decomposed(found, calibration, blind, progress)
-    calibration.stats = stats or Statistics()  # whose memory the correction needs
+    calibration.stats, calibration.latest = stats or Statistics(), {}  # whose memory the correction needs
     reasons |= uncaptured
     if not spectra:
-        raise _nothing(plain, reasons)
+        raise nothing(plain, reasons)
     if ranked and calibration.objective is not None and calibration.measure is not None:
         spectra = list(corrected(whole, spectra, calibration.measure.batches, calibration.objective))
     for note in notes:
@@ -167,7 +185,7 @@ def compress(
         plan = replace(plan, notes=(*plan.notes, few))
     if keep is not None:
         return plan.at(keep=keep)
-    return _by_default(plan)
+    return by_default(plan)
 
 
 def _cut_further(target: Target, low: Mapping[str, LowRank], reasons: dict[str, str]) -> Target:
@@ -207,7 +225,8 @@ def _decomposed(
     return [one for one in layers if not isinstance(one, str)], reasons
 
 
-def _nothing(model: nn.Module, reasons: dict[str, str]) -> InputError:
+def nothing(model: nn.Module, reasons: dict[str, str]) -> InputError:
+    """The error where no layer can be factored, with the reasons by layer."""
     why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:20])
     return InputError(f"compress: no layer of {type(model).__name__} can be factored ({why or 'it has no matrices'})")
 
@@ -240,7 +259,8 @@ def judged(calibration: Calibration) -> tuple[list[str], bool, bool]:
     return notes, not poor, poor
 
 
-def _by_default(plan: Plan) -> Plan:
+def by_default(plan: Plan) -> Plan:
+    """The plan at one half, or at the smallest possible share, and why."""
     smallest = plan.smallest
     if smallest <= DEFAULT_KEEP:
         return plan.at(keep=DEFAULT_KEEP)

@@ -33,7 +33,16 @@ from gramian.compression.slicing import SLICED_KEYS
 from gramian.errors import CheckpointError, some
 from gramian.texts import read_text
 
-__all__ = ["METHOD", "FactoredConfig", "FactoredQuantizer", "attach", "is_pretrained", "load_folder", "save_folder"]
+__all__ = [
+    "METHOD",
+    "FactoredConfig",
+    "FactoredQuantizer",
+    "attach",
+    "is_pretrained",
+    "load_folder",
+    "put_ranks_",
+    "save_folder",
+]
 
 METHOD = "gramian"
 """The name of the quantization method in a folder's config."""
@@ -64,12 +73,7 @@ class FactoredQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        ranks = _resolved(model, self.quantization_config.ranks)  # type: ignore[attr-defined]
-        try:
-            factor(model, ranks)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the folder does not fit {type(model).__name__}: {error}") from None
-        _tie_factors(model)  # transformers ties the weights once they are loaded
+        ranks = put_ranks_(model, self.quantization_config.ranks)  # type: ignore[attr-defined]
         named = {*ranks, *self.quantization_config.ranks}  # type: ignore[attr-defined]
         marks = {rf"(^|\.){re.escape(dense_weight(name))}$" for name in named}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | marks
@@ -97,6 +101,26 @@ class FactoredQuantizer(HfQuantizer):
             num = len(model.get_submodule(name.rpartition(".")[0])) if stack else 0
             marks[dense_weight(name)] = torch.zeros(num, 2, 2) if stack else torch.empty(0)
         return model.state_dict() | marks, {RANKS: json.dumps(ranks)}
+
+
+def put_ranks_(model: Any, ranks: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts a folder's factored layers, without values, into a dense model of transformers.
+
+    Args:
+        model: changed in place.
+        ranks: of the folder's config.
+
+    Returns: the ranks by the names that the layers have in this model.
+    Raises:
+        CheckpointError: they do not fit the model.
+    """
+    found = _resolved(model, ranks)
+    try:
+        factor(model, found)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the folder does not fit {type(model).__name__}: {error}") from None
+    _tie_factors(model)  # transformers ties the weights once they are loaded
+    return found
 
 
 register_quantization_config(METHOD)(FactoredConfig)

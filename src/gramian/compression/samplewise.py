@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from gramian.objective import Objective
 from gramian.recording import evaluating
 from gramian.recording.taps import tapped
 
-__all__ = ["Seen", "by_sample", "rounding_ratio"]
+__all__ = ["Seen", "by_sample", "draws_of", "rounding_ratio", "samples_of"]
 
 PART = 32
 """Samples of one pass."""
@@ -63,7 +63,7 @@ class Seen:
             gradient = gradient.float()
             each = ((gradient @ self.left) * inner).reshape(num, -1, inner.shape[-1]).sum(1)
             self.coefficients = each if self.coefficients is None else self.coefficients + each
-            if len(self.rounds) < ROUNDED:
+            if len(self.rounds) < ROUNDED and self.feedback.known:
                 summed = gradient.flatten(0, -2).mT @ inputs.flatten(0, -2)
                 self.gradient = summed if self.gradient is None else self.gradient + summed
 
@@ -82,7 +82,8 @@ def by_sample(
     model: nn.Module,
     spectra: Sequence[WeightedSVD],
     layers: Sequence[nn.Module],
-    batches: Sequence[Any],
+    parts: Iterable[tuple[Any, int]],
+    draws: int,
     objective: Objective,
 ) -> list[Seen | None]:
     """For each layer what gradients of single samples say, with labels drawn from the model's output.
@@ -94,7 +95,8 @@ def by_sample(
         model: dense, in any mode.
         spectra: of its layers.
         layers: as many.
-        batches: that can be cut into samples.
+        parts: as from `samples_of`, read once.
+        draws: how often labels are drawn for each sample, as from `draws_of`; 0 where there are none.
         objective: with labels to draw.
 
     Returns:
@@ -110,11 +112,8 @@ def by_sample(
         Seen(layer, s) if operation_of(layer).factors == "linear" and not s.tied and not s.table else None
         for s, layer in zip(spectra, layers, strict=True)
     ]
-    parts = list(_parts(batches))
-    if not parts or not any(found):
+    if not draws or not any(found):
         return [None] * len(found)
-    total = sum(num for _, num in parts)
-    draws = min(MOST_DRAWS, max(1, round(WANTED / total)))
     generator = torch.Generator(next(model.parameters()).device).manual_seed(2)
     for given, num in parts:
         with evaluating(model), torch.enable_grad():
@@ -153,13 +152,27 @@ def _pass(
             seen.close(float(units))
 
 
-def _parts(batches: Sequence[Any]) -> Iterator[tuple[Any, int]]:
-    """Up to WANTED samples, spread over the batches, with their number in each part."""
+def draws_of(parts: Sequence[tuple[Any, int]]) -> int:
+    """How often labels are drawn for each sample; 0 where there is none.
+
+    Args:
+        parts: as from `samples_of`.
+    """
+    return min(MOST_DRAWS, max(1, round(WANTED / sum(num for _, num in parts)))) if parts else 0
+
+
+def samples_of(batches: Sequence[Any], most: int = PART) -> Iterator[tuple[Any, int]]:
+    """Up to WANTED samples, spread over the batches, with their number in each part.
+
+    Args:
+        batches: any; those that cannot be cut into samples are left out.
+        most: samples of a part.
+    """
     counts = [cuttable(batch) for batch in batches]
     share = min(1.0, WANTED / max(1, sum(counts)))
     for batch, num in zip(batches, counts, strict=True):
-        for begin in range(0, round(num * share) if share < 1 else num, PART):
-            end = min(begin + PART, num)
+        for begin in range(0, round(num * share) if share < 1 else num, most):
+            end = min(begin + most, num)
             yield mapped(batch, lambda t, at=slice(begin, end): t[at]), end - begin
 
 

@@ -15,6 +15,7 @@ from gramian.compression.lowrank import matrix_of
 from gramian.compression.rounding import noises
 from gramian.compression.targets import Target
 from gramian.compression.weighting import Weighting
+from gramian.linalg import syrk
 
 __all__ = ["WeightedSVD", "decompose"]
 
@@ -105,34 +106,37 @@ class WeightedSVD:
         return torch.cat([each.new_zeros(1), each]).cpu()
 
 
-def decompose(target: Target, weighting: Weighting) -> WeightedSVD:
+def decompose(target: Target, weighting: Weighting, *, rounds: bool = True) -> WeightedSVD:
     """The weighted singular value decomposition of a layer.
 
     Args:
         target: the layer.
         weighting: of its two sides.
+        rounds: whether the layer may be rounded or pruned, and not only cut.
     """
     w = matrix_of(target.module).double()
     a, g, matters = weighting.columns, weighting.rows, weighting.matters
-    weighted = g.left(a.right(w))
-    # The factors are projections of W itself: with all ranks they are W, whatever the rounding of the roots.
+    # The factors are projections of W itself: with all ranks they are W, whatever the rounding of the roots. No product
+    # is kept that has the longer side, since a head has tens of thousands of rows.
     m, n = w.shape
     if m <= n:
-        squares, u = torch.linalg.eigh(weighted @ weighted.mT)
+        squares, u = torch.linalg.eigh(syrk(g.left(a.right(w)).mT))
         u = u.flip(1)
-        left, right = g.solve_left(u), u.mT @ g.left(w)
+        left, right = g.solve_left(u), g.left(u).mT @ w
     else:
-        squares, v = torch.linalg.eigh(weighted.mT @ weighted)
+        squares, v = torch.linalg.eigh(syrk(g.left(a.right(w))))
         v = v.flip(1)
-        left, right = a.right(w) @ v, a.solve_right(v.mT)
+        left, right = w @ a.left(v), a.solve_right(v.mT)
     values = squares.flip(0).clamp_min(0).sqrt()
     if target.rank:  # beyond it, a product of factors has no singular values but rounding
         values, left, right = values[: target.rank], left[:, : target.rank], right[: target.rank]
     # The singular values are shared out so that neither factor is badly scaled.
     scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
     scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-    feedback = feedback_of(a, g, weighting.seen)
-    feedback = replace(feedback, outputs=feedback.outputs * matters)
+    feedback = Feedback.unknown()
+    if rounds:
+        feedback = feedback_of(a, g, weighting.seen)
+        feedback = replace(feedback, outputs=feedback.outputs * matters)
     return WeightedSVD(
         target.name,
         values * matters,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,12 +73,13 @@ def weighting(target: Target, calibration: Calibration, *, blind: bool) -> Weigh
         Uncaptured: there are no second moments; its text is the reason.
         InputError: they are those of another model, or not finite.
 
-    Cost: two eigendecompositions for each use.
+    Cost: two eigendecompositions for each use; layers that share their inputs, one after the other, share that of A.
     Source: for several uses, see `nearest_kronecker`.
     """
     sites, share = _sites(target, calibration.stats), calibration.distinct
     uses = [_merged(target, group) for group in _by_sides(sites)]
-    found = [_of_use(target, site, share, share * calibration.differentiated, blind) for site in uses]
+    latest = calibration.latest
+    found = [_of_use(target, site, share, share * calibration.differentiated, blind, latest) for site in uses]
     return found[0] if len(found) == 1 else _joint(found)
 
 
@@ -139,7 +140,9 @@ def _merged(target: Target, sites: Sequence[Site]) -> Site:
     return Site(A=inputs, G=outputs, name=target.name, transposed=sites[0].transposed)
 
 
-def _of_use(target: Target, site: Site, share_a: float, share_g: float, blind: bool) -> Weighting:
+def _of_use(
+    target: Target, site: Site, share_a: float, share_g: float, blind: bool, latest: dict[Any, Any]
+) -> Weighting:
     inputs, outputs = site.A, site.G
     assert inputs is not None
     assert outputs is not None
@@ -166,7 +169,7 @@ def _of_use(target: Target, site: Site, share_a: float, share_g: float, blind: b
             return Weighting(back, into, None, matters, diagonal, unseen, math.inf if blind else rows_g)
         centered = getattr(target.module, "bias", None) is not None and not target.tied
         mean = shrunk_mean(inputs, rows) if centered else None
-        into = roots(inputs, rows, around=mean)
+        into = _once(latest, inputs, rows, mean)
         label = "G"
         back = _output_roots(target.block, outputs, rows_g, target.module, target.entry)
     except InputError as error:
@@ -174,6 +177,21 @@ def _of_use(target: Target, site: Site, share_a: float, share_g: float, blind: b
     sides = (("inputs", inputs), ("outputs", outputs))
     diagonal = tuple(side for side, moment in sides if isinstance(moment, DiagonalGram))
     return Weighting(into, _one(m, into) if blind else back, mean, matters, diagonal, seen=rows)
+
+
+def _once(latest: dict[Any, Any], inputs: Gram | DiagonalGram, rows: float, around: Tensor | None) -> Roots:
+    """The roots of inputs; those of the layer before where it had the same inputs, as queries, keys and values have."""
+    known = latest.get("inputs")
+    if known is not None:
+        before, same_rows, same_mean, found = known
+        pairs = zip(before.tensors(), inputs.tensors(), strict=True)
+        alike = type(before) is type(inputs) and rows == same_rows and (around is None) == (same_mean is None)
+        if alike and all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs):
+            return found
+    latest.clear()  # two of them need not be in memory
+    found = roots(inputs, rows, around=around)
+    latest["inputs"] = inputs, rows, around, found
+    return found
 
 
 def _one(dim: int, like: Roots) -> Roots:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from gramian.objective import Objective
 from gramian.texts import read_text
 from gramian.training import Task
 
-__all__ = ["BETTER", "copy_companions", "task_of_texts"]
+__all__ = ["BETTER", "batches_of_texts", "copy_companions", "task_of_texts"]
 
 BETTER = {"loss": "lower", "agreement": "higher", "cosine": "higher"}
 """Which direction of the measures is better."""
@@ -66,27 +67,12 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
     Traceback (most recent call last):
     gramian.errors.CheckpointError: missing: no config.json there. Give the folder of a model of transformers.
     """
-    folder, texts = Path(folder), Path(texts)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json there. Give the folder of a model of transformers.")
-    try:
-        lines = [line.strip() for line in read_text(texts).splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{texts}: cannot be read as text ({error}). Give a file with one text a line") from None
-    if len(lines) < FEWEST:
-        raise InputError(f"{texts}: holds {len(lines)} texts, wanted at least {FEWEST}, one a line")
+    folder = Path(folder)
+    lines = _lines(folder, texts)
     transformers = load("transformers", "hf")
-    model, tokenizer = _opened(transformers, folder)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedError(f"{folder}: {type(model).__name__} has a decoder, which needs targets. Write a gm.Task")
-    wanted = getattr(model, "main_input_name", "input_ids")
-    if wanted != "input_ids":
-        raise UnsupportedError(f"{folder}: {type(model).__name__} takes {wanted}, not tokens of texts. Write a gm.Task")
-    kept = [line for place, line in enumerate(lines) if place % HELD_OUT]
-    held = [line for place, line in enumerate(lines) if not place % HELD_OUT]
-    positions = getattr(model.config, "max_position_embeddings", None) or most_tokens
-    most = min(most_tokens, tokenizer.model_max_length, positions)
-    batches, tests = (_batches(tokenizer, some, most) for some in (kept, held))
+    tokenizer = _tokenizer(transformers, folder)
+    model = _opened(transformers, folder)
+    batches, tests = _split(folder, type(model), model.config, lines, tokenizer, most_tokens)
     with torch.no_grad():
         try:
             output = model(**batches[0])
@@ -95,6 +81,33 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
             raise UnsupportedError(f"{folder}: {type(model).__name__} does not take tokens alone ({text})") from None
     objective, batches, evaluate = _kind(model, output)(model, batches, tests)
     return Task(lambda: model, objective, lambda epoch, generator: batches, evaluate, name=folder.name)
+
+
+def batches_of_texts(
+    folder: str | Path, texts: str | Path, model: nn.Module, *, most_tokens: int = MOST_TOKENS
+) -> tuple[list[Batch], list[Batch]]:
+    """The batches of `task_of_texts` for a model that predicts the next token: to calibrate with, and held out.
+
+    Args:
+        folder, texts, most_tokens: as there.
+        model: that the folder describes; it may have no values.
+
+    Raises: as `task_of_texts`; UnsupportedError where the model does not give scores of the next token.
+    Cost: one pass over the texts.
+    Source: this library's own.
+
+    >>> batches_of_texts("missing", "texts.txt", nn.Linear(1, 1))
+    Traceback (most recent call last):
+    gramian.errors.CheckpointError: missing: no config.json there. Give the folder of a model of transformers.
+    """
+    folder = Path(folder)
+    lines = _lines(folder, texts)
+    if not getattr(model, "can_generate", bool)():
+        raise UnsupportedError(
+            f"{folder}: {type(model).__name__} does not predict the next token, which compressing from shards takes. "
+            "Leave out --memory, or write gm.compress(folder, batches, objective)"
+        )
+    return _split(folder, type(model), model.config, lines, _tokenizer(load("transformers", "hf"), folder), most_tokens)
 
 
 def copy_companions(folder: str | Path, out: str | Path) -> None:
@@ -119,27 +132,67 @@ def copy_companions(folder: str | Path, out: str | Path) -> None:
             shutil.copyfile(file, target)
 
 
-def _opened(transformers: Any, folder: Path) -> tuple[Any, Any]:
-    """The model, of the class that its config names, and the tokenizer."""
+def _lines(folder: Path, texts: str | Path) -> list[str]:
+    """The texts, once it is clear that the folder has a config."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json there. Give the folder of a model of transformers.")
+    texts = Path(texts)
+    try:
+        lines = [line.strip() for line in read_text(texts).splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{texts}: cannot be read as text ({error}). Give a file with one text a line") from None
+    if len(lines) < FEWEST:
+        raise InputError(f"{texts}: holds {len(lines)} texts, wanted at least {FEWEST}, one a line")
+    return lines
+
+
+def _split(
+    folder: Path, kind: type, config: Any, lines: list[str], tokenizer: Any, most: int
+) -> tuple[list[Batch], list[Batch]]:
+    """The batches of a model's texts, and of those held out."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{folder}: {kind.__name__} has a decoder, which needs targets. Write a gm.Task")
+    wanted = getattr(kind, "main_input_name", "input_ids")
+    if wanted != "input_ids":
+        raise UnsupportedError(f"{folder}: {kind.__name__} takes {wanted}, not tokens of texts. Write a gm.Task")
+    kept = [line for place, line in enumerate(lines) if place % HELD_OUT]
+    held = [line for place, line in enumerate(lines) if not place % HELD_OUT]
+    most = min(most, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or most)
+    return _batches(tokenizer, kept, most), _batches(tokenizer, held, most)
+
+
+def _opened(transformers: Any, folder: Path) -> Any:
+    """The model, of the class that its config names."""
     from gramian.compression.pretrained import without_bars  # which registers the loading of factored models too
 
-    if not any(file.name in TOKENIZERS or file.suffix == ".model" for file in folder.iterdir()):
-        raise CheckpointError(f"{folder}: has no tokenizer ({', '.join(TOKENIZERS)} or a .model). Save it there too.")
-    try:
+    with _loading(folder), without_bars():
         config = json.loads(read_text(folder / "config.json"))
         names = config.get("architectures") or []
         cls = getattr(transformers, names[0], None) if names else None
-        with without_bars():
-            model = (cls or transformers.AutoModel).from_pretrained(folder, local_files_only=True)
+        return (cls or transformers.AutoModel).from_pretrained(folder, local_files_only=True).eval()
+
+
+def _tokenizer(transformers: Any, folder: Path) -> Any:
+    """The tokenizer, with a token for padding."""
+    if not any(file.name in TOKENIZERS or file.suffix == ".model" for file in folder.iterdir()):
+        raise CheckpointError(f"{folder}: has no tokenizer ({', '.join(TOKENIZERS)} or a .model). Save it there too.")
+    with _loading(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise of every kind for a folder that they cannot read
-        text = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder}: transformers cannot load it: {text}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise CheckpointError(f"{folder}: its tokenizer has no token for padding, none for an end and none for unknown")
-    return model.eval(), tokenizer
+    return tokenizer
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """A context in which what transformers and tokenizers raise, which is of every kind, becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: transformers cannot load it: {text}") from None
 
 
 def _batches(tokenizer: Any, texts: list[str], most: int) -> list[Batch]:

@@ -55,7 +55,7 @@ def given(caller: str, optimizer: Any) -> Given:
     False
     """
     if isinstance(optimizer, str):
-        name = known_name(caller, optimizer, "a class, or a function of the model")
+        name = known_name(caller, optimizer, "in Python a class, or a function of the model")
         return Given(name, True, False, OPTIMIZERS[name].make)
     if isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer)

@@ -16,7 +16,18 @@ from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.stacks import State
 
-__all__ = ["Muon", "average", "init", "look_ahead", "orthogonal", "staleness", "update", "weight_of_past"]
+__all__ = [
+    "Muon",
+    "advanced",
+    "average",
+    "choose",
+    "init",
+    "look_ahead",
+    "orthogonal",
+    "staleness",
+    "update",
+    "weight_of_past",
+]
 
 PART = 1 << 17
 """Entries of the gradients that are averaged together on a CPU: both they and the means fit its second cache."""
@@ -33,7 +44,7 @@ def init(m: Tensor, options: Mapping[str, Any]) -> State:
 
 def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     """polar(B + (1 − μ)(g − B)), with B ← B + (1 − μ)(g − B)."""
-    ahead = _advanced(g, state["momentum"], context)
+    ahead = advanced(g, state["momentum"], context)
     if "direction" not in state:
         return polar(ahead, context.options, out=g)
     if context.due is None:
@@ -58,7 +69,7 @@ def average(mean: Tensor, value: Tensor, beta: float, context: StepContext) -> N
         mean.lerp_(value, ((1 - beta) * context.alive).expand_as(mean))
 
 
-def _advanced(g: Tensor, momentum: Tensor, context: StepContext) -> Tensor:
+def advanced(g: Tensor, momentum: Tensor, context: StepContext) -> Tensor:
     """What is orthogonalized: the momentum or, over `g`, that of one more step; in parts, which stay in the cache."""
     beta = weight_of_past(context.options)
     if not context.all_alive or g.device.type != "cpu":
@@ -97,7 +108,8 @@ def orthogonal(x: Tensor, context: StepContext) -> Tensor:
     return polar(x, context.options)
 
 
-def _choose(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> Mapping[str, Any]:
+def choose(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How the polar factors of these shapes are computed."""
     return {"approaches": approaches(shapes, device, options)}
 
 
@@ -143,7 +155,7 @@ class Muon(MatrixOptimizer):
         adamw={"momentum": "exp_avg"},
         momentum="momentum",
         staleness=staleness,
-        choose=_choose,
+        choose=choose,
     )
 
     def __init__(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gramian.errors import InputError
+from gramian.optim.balanced import BalancedMuon
 from gramian.optim.muon import Muon
 from gramian.optim.shampoo import Shampoo
 from gramian.optim.shell import MatrixOptimizer
@@ -110,6 +111,15 @@ OPTIMIZERS: dict[str, Entry] = {
         formula="`polar(B)`",
         cost="a polar factor in every step",
         checks=Checks(exact={"rtol": 1e-10}, accuracy=2e-6, keeps_direction=True, roundings=4),
+    ),
+    "balanced": Entry(
+        BalancedMuon,
+        summary="the momentum between damped inverse roots of the gradients' second moments, orthogonalized",
+        usual_lr=BalancedMuon.base_lr,
+        usual="0.1 √(L/2)",
+        formula="`P polar(P B Q) Q`, with `P = (L + 1)^(-1/2)`, `Q = (R + 1)^(-1/2)`",
+        cost="a polar factor in every step, and eigendecompositions, every 10 steps",
+        checks=Checks(exact={"rtol": 1e-10}, accuracy=2e-6, roundings=4),
     ),
     "soap": Entry(
         SOAP,

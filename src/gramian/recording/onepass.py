@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gramian import placement
-from gramian.block import blocks
+from gramian.batch import tensors
+from gramian.block import Blocks, blocks
 from gramian.calls import as_model, prepared
 from gramian.errors import DtypeError
 from gramian.loader import Batches, as_batches, no_batches
@@ -99,14 +100,19 @@ def captured(
     max_dim: int = MAX_DIM,
     precision: Literal["float32", "bfloat16"] = "float32",
     differentiates: Callable[[Statistics], bool] | None = None,
+    asked: Collection[str] | None = None,
+    onward: Callable[[Any, list[Tensor]], None] | None = None,
 ) -> Statistics:
-    """`capture`, where batches may add to A alone.
+    """`capture` of some blocks, where batches may add to A alone, and the gradients of the inputs can be had.
 
     Args:
         model, batches, objective, fisher, non_finite, progress: as in `capture`.
         layouts, generator, max_dim, precision: as in `capture`.
         differentiates: called before each batch with the statistics so far, whether the batch adds to G too. One that
             does not has no backward pass, and its units do not count. Not with several ranks.
+        asked: the names of the blocks that are captured; by default all.
+        onward: called after each batch with it and the gradients of each loss with respect to those of the batch's
+            tensors that require one, stacked along a first dimension: what a part of a model hands on.
 
     Raises: as `capture`.
     """
@@ -118,7 +124,10 @@ def captured(
     seed = placement.world(ranks.group).rank if ranks.together else 0
     generator = generator or torch.Generator(device).manual_seed(seed)
     stats = Statistics(fisher=mode)
-    recorder = Recorder(blocks(model, layouts), stats, max_dim=max_dim, precision=precision)
+    found = blocks(model, layouts)
+    if asked is not None:
+        found = Blocks(tuple(block for block in found.blocks if block.name in asked), found.rest)
+    recorder = Recorder(found, stats, max_dim=max_dim, precision=precision)
     total_loss, num_batches = 0.0, 0
     with ranks.agreed_pass(), measuring(model), ranks.resharded(), recorder.installed():
         for given, counts in ranks.steps(as_batches(batches, "capture")):
@@ -139,7 +148,10 @@ def captured(
                             "(gm.inspect names the first layer that is not finite), or pass non_finite='keep'"
                         )
                     losses = list(objective.losses(output, batch, mode, generator))
-                differentiate(recorder, losses)
+                inputs = [t for t in tensors(batch) if t.requires_grad] if onward is not None else []
+                grads = differentiate(recorder, losses, inputs=inputs)
+                if onward is not None:
+                    onward(batch, [torch.stack(each) for each in zip(*grads, strict=True)])
                 if counts:
                     stats.units += float(units)
                     total_loss += float(loss.detach())
@@ -156,9 +168,19 @@ def captured(
     return stats
 
 
-def differentiate(recorder: Recorder, losses: list[Tensor], *, retain: bool = False) -> None:
-    """Backward passes that reach the recorder's taps only, and compute no gradient of a weight."""
+def differentiate(
+    recorder: Recorder, losses: list[Tensor], *, retain: bool = False, inputs: Sequence[Tensor] = ()
+) -> list[list[Tensor]]:
+    """Backward passes that reach the recorder's taps only, and compute no gradient of a weight.
+
+    Returns:
+        For each loss the gradients of `inputs`.
+    """
+    found = []
     for i, loss in enumerate(losses):
         if loss.requires_grad:
             last = i + 1 == len(losses) and not retain
-            torch.autograd.grad(loss, recorder.leaf, retain_graph=not last, allow_unused=True)
+            asked = (recorder.leaf, *inputs)
+            _, *grads = torch.autograd.grad(loss, asked, retain_graph=not last, allow_unused=True)
+            found.append([torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)])
+    return found

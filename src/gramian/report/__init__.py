@@ -18,7 +18,7 @@ from .model import Report
 if TYPE_CHECKING:
     from . import html, terminal
     from .compose import compare
-    from .files import check_target, write_text
+    from .files import check_folder, check_target, write_text
     from .html import render, save
     from .terminal import show, to_text
 
@@ -45,6 +45,7 @@ __all__ = [
     "Status",
     "Table",
     "Tile",
+    "check_folder",
     "check_target",
     "compare",
     "html",
@@ -57,6 +58,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "check_folder": "files",
     "check_target": "files",
     "compare": "compose",
     "render": "html",

@@ -93,8 +93,9 @@ def _draw_heat_map(figure: Figure, ax: Any, heat_map: HeatMap) -> None:
 def _draw_depth(axes: Sequence[Any], depth: Depth) -> None:
     for ax, lane in zip(axes, depth.lanes, strict=True):
         for label, role, values in lane.series:
-            known = [math.nan if value is None else value for value in values]
-            ax.plot(range(len(known)), known, ".-", label=label, color=_COLORS.get(role))
+            places = [place for place, value in enumerate(values) if value is not None]
+            known = [value for value in values if value is not None]
+            ax.plot(places, known, ".-", label=label, color=_COLORS.get(role))
         if lane.reference is not None:
             ax.axhline(lane.reference, color="0.4", linestyle="--")
         for place in depth.culprits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from gramian.errors import InputError
@@ -45,15 +46,20 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_target(path: str | os.PathLike[str], suffixes: tuple[str, ...] = (".html", ".json")) -> None:
+def check_target(
+    path: str | os.PathLike[str],
+    suffixes: tuple[str, ...] = (".html", ".json"),
+    made: str | os.PathLike[str] | None = None,
+) -> None:
     """Check that a report can be written to a path, so that a long computation does not fail at its end.
 
     Args:
         path: the file that is to be written later.
         suffixes: the accepted endings of its name.
+        made: a folder that is made before it is written, and those around it.
     Raises:
         InputError: another suffix, or a folder that is missing or cannot be written to.
-    Cost: a few system calls; nothing is written.
+    Cost: a few system calls; a file without a name is made and removed.
     Source: this library's own.
 
     >>> check_target("report.pdf")
@@ -63,9 +69,51 @@ def check_target(path: str | os.PathLike[str], suffixes: tuple[str, ...] = (".ht
     if Path(path).suffix.lower() not in suffixes:
         wanted = " or ".join(suffixes)
         raise InputError(f"cannot write {os.fspath(path)}: expected a name that ends in {wanted}. Rename the file.")
-    folder = _target(path).parent
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write {os.fspath(path)}: no permission in {folder}. Choose another folder.")
+    if made is not None:
+        folder, later = Path(os.path.realpath(path)).parent, Path(os.path.realpath(made))
+        if folder in (later, *later.parents) and not folder.exists():
+            return
+    _try_to_write(_target(path).parent, path, "Choose another folder.")
+
+
+def check_folder(path: str | os.PathLike[str], advice: str = "Choose another folder.") -> None:
+    """Check that a folder can be made at a path, or be written there, before the work whose result is to go there.
+
+    Args:
+        path: the folder that is to be filled later.
+        advice: how the error's line ends.
+    Raises:
+        InputError: it is a file, the folder around it is missing, or nothing can be written there.
+    Cost: a few system calls; a file without a name is made and removed.
+    Source: this library's own.
+
+    >>> check_folder("absent/out")
+    Traceback (most recent call last):
+    gramian.errors.InputError: cannot write to absent/out: the folder absent does not exist. Create it first.
+    """
+    folder = Path(path)
+    try:
+        there, around = folder.exists(), folder.parent
+        if there and not folder.is_dir():
+            raise InputError(f"cannot write to {folder}: it is a file. {advice}")
+        if not there and not around.is_dir():
+            raise InputError(f"cannot write to {folder}: the folder {around} does not exist. Create it first.")
+    except (OSError, ValueError) as error:  # a name too long, or with a null byte
+        raise InputError(f"cannot write to {os.fspath(path)}: {_reason(error)}. {advice}") from None
+    _try_to_write(folder if there else around, path, advice)
+
+
+def _try_to_write(folder: Path, path: str | os.PathLike[str], advice: str) -> None:
+    """Make a file without a name: permissions do not tell of a file system that is read-only."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {os.fspath(path)}: {_reason(error)} in {folder}. {advice}") from None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -73,8 +121,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
         target = Path(os.path.realpath(path))  # through a link, so that the link survives
         is_other = target.exists() and not target.is_file()
     except (OSError, ValueError) as error:  # a name too long, or with a null byte
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {os.fspath(path)}: {reason}. Give another name.") from None
+        raise InputError(f"cannot write {os.fspath(path)}: {_reason(error)}. Give another name.") from None
     if not target.parent.is_dir():
         raise InputError(f"cannot write {os.fspath(path)}: the folder {target.parent} does not exist. Create it first.")
     if is_other:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gramian import placement
 from gramian.batch import mapped, tensors
 from gramian.calls import wrappings
-from gramian.errors import GramianError, TaskError, UnsupportedError
+from gramian.errors import GramianError, TaskError, UnsupportedError, plain
 from gramian.objective import Objective
 from gramian.placement.ranks import carrier, error_of_rank, raise_together
 from gramian.recording import evaluating
@@ -31,6 +31,7 @@ __all__ = [
     "Failure",
     "add_gradients",
     "check_batch",
+    "check_identity",
     "check_length",
     "check_model",
     "check_rows",
@@ -112,6 +113,20 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def check_identity(identity: dict[str, str]) -> None:
+    """Raise where the ranks were given other settings, or made other models, and would wait for each other in vain."""
+    if not placement.is_distributed():
+        return
+    zeroth, *others = placement.exchange_json(identity)
+    for rank, other in enumerate(others, 1):
+        for name in (*zeroth, *other):
+            one, two = (plain(each.get(name, "the default"), 200) for each in (zeroth, other))
+            if one != two:
+                raise _alike(
+                    TaskError(f"train: {name} is {one} on rank 0, and {two} on rank {rank}. Give all the same")
+                )
+
+
 def same_weights_(model: nn.Module) -> None:
     """Copy rank 0's parameters and buffers to all ranks."""
     if placement.is_distributed():
@@ -165,15 +180,15 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any, failure: Fai
         raise _alike(
             TaskError("train: the ranks drew different batches. Draw everything random in them from the generator")
         )
-    whole = own = (torch.zeros(()), torch.zeros(()))
+    whole = own = (torch.zeros(()), 0.0)
     with evaluating(model), torch.no_grad():
         with failure.caught():
-            whole = objective.loss(model, batch, empty=True)
+            whole = objective.summed(model, batch)
         with failure.caught():
-            found = objective.loss(model, rows(batch), empty=True)
+            found = objective.summed(model, rows(batch))
             own = found if has_rows(batch) else own
         total, counted = sums(*own, failure)
-    loss, units = (float(value) for value in whole)
+    loss, units = float(whole[0]), whole[1]
     known = math.isfinite(total) and math.isfinite(loss)  # else the step is skipped
     if not math.isclose(counted, units, rel_tol=1e-5) or (known and not math.isclose(total, loss, rel_tol=ROUNDING)):
         raise _alike(
@@ -186,16 +201,16 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any, failure: Fai
 
 
 def sums(
-    loss: Tensor, units: Tensor, failure: Failure | None, position: tuple[int, int] = (0, 0)
+    loss: Tensor, units: float, failure: Failure | None, position: tuple[int, int] = (0, 0)
 ) -> tuple[float, float]:
     """Return the loss and the number of units of the whole batch; `failure` is `None` where there is one rank.
 
     Raises on all ranks where one has failed, or where they are not at the same position (epoch, batch) in the stream.
     """
     if failure is None:
-        return _both(loss, units)
+        return loss.item(), units
     failed = failure.error is not None
-    own = (0.0, 0.0) if failed else _both(loss, units)
+    own = (0.0, 0.0) if failed else (loss.item(), units)
     place = (65_537 * position[0] + position[1]) % 2**20  # its square is exact
     total = torch.tensor([*own, failed, place, place**2], dtype=torch.float64)
     placement.all_reduce_sum([total])
@@ -225,14 +240,6 @@ def _alike(error: GramianError) -> GramianError:
     """An error that all ranks raise, of which the first one speaks."""
     error.rank = 0
     return error
-
-
-def _both(loss: Tensor, units: Tensor) -> tuple[float, float]:
-    """The two numbers; of a GPU with one wait."""
-    if loss.device.type == "cpu":
-        return loss.item(), float(units.item())
-    amount, number = torch.stack([loss.detach().double(), units.detach().double()]).tolist()
-    return amount, number
 
 
 def add_gradients(model: nn.Module, failure: Failure) -> None:

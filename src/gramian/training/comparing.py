@@ -64,7 +64,7 @@ def compare(
     for place in places:
         if place is not None and not options.get("resume") and (place / "model.safetensors").exists():
             raise InputError(holds_finished(place))
-    page.check(report)
+    page.check(report, out)
     runs, usual = {}, options.pop("lr", None)
     for name, (optimizer, lr), place in zip(names, asked, places, strict=True):
         if begun is not None:

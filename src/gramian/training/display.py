@@ -119,8 +119,8 @@ def show_comparison(runs: dict[str, Run], console: Console | None = None) -> Non
     with unpadded(console or Console()) as console:
         losses = [row["loss"] for run in runs.values() for row in run.history if math.isfinite(row["loss"])]
         scale = (min(losses), max(losses)) if losses else (0.0, 1.0)
-        table, wide = Table(box=None, pad_edge=False), max(12, *(len(name) + 2 for name in runs))
-        table.add_column("", max_width=max(10, console.width - wide * len(runs)), overflow="fold", style="dim")
+        table, wide = Table(box=None, pad_edge=False), sum(2 + max(9, len(name)) for name in runs)  # as 1.235e-05
+        table.add_column("", max_width=max(10, console.width - wide), overflow="fold", style="dim")
         for name in runs:
             table.add_column(name, overflow="fold")
         table.add_row("rate", *(four_digits(run.lr) for run in runs.values()))

@@ -24,6 +24,7 @@ from gramian.errors import CheckpointError, GramianWarning, InputError
 from gramian.report import write_text
 from gramian.training.lock import locked
 from gramian.training.owned import Owned
+from gramian.training.room import Room
 
 __all__ = ["CHECKPOINT", "FORMAT", "METRICS", "MODEL", "PREVIOUS", "Folder", "holds_finished", "read"]
 
@@ -94,12 +95,14 @@ class Folder:
         self._kept_at, self._cost = time.perf_counter(), 0.0
         self._writer = ThreadPoolExecutor(1, "gramian-checkpoint")
         self._writing: Future[None] | None = None
+        self.room = Room(self._writer)
         self._begun = False
         self._torn = self._to_tell = ""  # why a line of metrics could not be written, and until that was told
         self.sound = True  # whether the checkpoint in the folder is whole, and worth keeping as the previous one
 
     def close(self) -> None:
         """Release the folder for other processes; it is removed if it was made for this run and nothing is in it."""
+        self.room.leave()
         self._writer.shutdown()
         is_here = self._owned.is_here()
         self._lock.close()
@@ -187,6 +190,7 @@ class Folder:
     def keep(self, state: dict[str, Any]) -> None:
         """Copy the state and begin to write the checkpoint; the one before stays until this one is verified."""
         self._wait()
+        self.room.leave()
         begin = self._kept_at = time.perf_counter()
         self._begin(state["history"])
         packed = pack_tree({"format": FORMAT, "identity": self.identity, **state}).copied()

@@ -6,12 +6,14 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from gramian.errors import GramianWarning
 
-__all__ = ["Interrupts", "end", "is_interruption"]
+__all__ = ["Interrupts", "end", "is_interruption", "noticing"]
 
 # Seconds that a step may go on after SIGTERM, with its evaluation: whoever sends it often kills after 30.
 PATIENCE = 20.0
@@ -31,11 +33,11 @@ class Interrupts:
     command line gives way), and so are all of them outside the main thread, where Python has no handlers.
 
     The context ends with what a signal stands for that it noted and nobody acted on; also in place of an error that the
-    workers of a DataLoader were killed, which get the signal too where it is sent to the whole group. A signal that the
-    command line noted before, and whose exception was lost, ends the process when the context begins.
+    workers of a DataLoader were killed, which get the signal too where it is sent to the whole group. A signal whose
+    exception was raised and lost ends the process when the context begins.
 
     Args:
-        active: whether to note signals at all.
+        active: whether to note signals in place of raising their exceptions; otherwise only those that were lost.
 
     >>> try:
     ...     with Interrupts() as interrupts:
@@ -48,22 +50,25 @@ class Interrupts:
     """
 
     def __init__(self, *, active: bool = True) -> None:
-        self.active, self.received = active, 0
+        self.active, self._noted = active, 0
+        self._raising: list[Any] = []  # handlers that raise, and note it
         self._timer: threading.Timer | None = None
         self.is_writing = False  # the finished model, which may take long and is not cut short
         self._before: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
+    @property
+    def received(self) -> int:
+        """The signal that is to end the run; zero without one."""
+        return self._noted or max([handler.received for handler in self._raising], default=0)
+
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in HANDLED:
+            self._raising = _raising()
+            _end_if_lost(self._raising)
+            for number in HANDLED if self.active else ():
                 before = signal.getsignal(number)
-                if getattr(before, "received", 0):
-                    end(number)
-                if not self.active:
-                    continue
-                gives_way = type(before).__module__.startswith("gramian.cli")
-                if gives_way or before in (signal.SIG_DFL, signal.default_int_handler):
+                if before in self._raising or before in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -75,7 +80,7 @@ class Interrupts:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.reached()
-        for number, handler in self._before.items():
+        for number, handler in reversed(self._before.items()):  # Ctrl-C last: its own handler raises
             signal.signal(number, handler)
         if self.received and (error is None or (isinstance(error, Exception) and "DataLoader worker" in str(error))):
             end(self.received)
@@ -86,9 +91,9 @@ class Interrupts:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             return
-        if self.received:
+        if self._noted:
             end(number)
-        self.received = number
+        self._noted = number
         if number == signal.SIGINT:
             self._timer = threading.Timer(SILENCE, _tell)
         elif not self.is_writing:
@@ -96,6 +101,55 @@ class Interrupts:
         if self._timer is not None:
             self._timer.daemon = True
             self._timer.start()
+
+
+class _Raising:
+    """A handler of Ctrl-C that raises what Python's own raises, and notes it, as the command line's does."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.received = number
+        end(number)
+
+
+def _raising() -> list[Any]:
+    """The present handlers that raise what a signal stands for, and have noted in `received` that they did."""
+    return [handler for handler in map(signal.getsignal, HANDLED) if hasattr(handler, "received")]
+
+
+@contextmanager
+def noticing() -> Iterator[None]:
+    """A context in which Ctrl-C raises `KeyboardInterrupt` as ever, and ends the run also where that is lost.
+
+    Python drops what is raised in a callback or in `__del__`, and torch's import drops it or makes another error of it.
+    The run then ends where `Interrupts` looks, before the first step and after each, or else with this context.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, own = signal.getsignal(signal.SIGINT), _Raising()
+    handlers: list[Any] = []
+    try:
+        if before == signal.default_int_handler:
+            signal.signal(signal.SIGINT, own)
+        handlers = _raising()
+        yield
+    except Exception:  # perhaps what the exception was turned into
+        _end_if_lost(handlers)
+        raise
+    else:
+        _end_if_lost(handlers)
+    finally:
+        if signal.getsignal(signal.SIGINT) is own:
+            signal.signal(signal.SIGINT, before)
+
+
+def _end_if_lost(handlers: list[Any]) -> None:
+    for handler in handlers:
+        if handler.received:
+            end(handler.received)
 
 
 def _tell() -> None:
@@ -112,7 +166,7 @@ def is_interruption(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) or 0 < number < signal.NSIG
 
 
-def end(number: int) -> None:
+def end(number: int) -> NoReturn:
     """Raise what a signal stands for: `KeyboardInterrupt` for Ctrl-C, else an exit with 128 and its number."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt

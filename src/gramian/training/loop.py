@@ -22,7 +22,7 @@ from gramian.report import Report
 from gramian.training import agreement, page, start
 from gramian.training.checks import check_best, check_inputs, check_model, check_path, identity_of
 from gramian.training.folder import Folder, read
-from gramian.training.interrupts import Interrupts
+from gramian.training.interrupts import Interrupts, noticing
 from gramian.training.lost import naming_the_lost
 from gramian.training.optimizers import choose, rate_from
 from gramian.training.options import Options
@@ -181,7 +181,7 @@ def train(
         check_path(path)
     for name, function in (("progress", progress), ("on_step", on_step)):
         check(name, function, lambda f: f is None or callable(f), "a function")
-    page.check(report)
+    page.check(report, out)
     objective = as_objective(task.objective)
     if resume and out is None:
         raise InputError("train: resume needs out=, the folder of the run to resume")
@@ -192,13 +192,14 @@ def train(
         )
     place = None if out is None else Path(out).absolute()  # before anything of the task runs, which may change folders
     if automatic is not None:
-        with placement.agreed("train"):
+        with noticing(), placement.agreed("train"):
             lr = rounded(suggested(task, automatic, init, seed))
         choice = choose(automatic, lr, options, length)
-    with naming_the_lost(), seeded(seed), ExitStack() as stack:
+    with naming_the_lost(), noticing(), seeded(seed), ExitStack() as stack:
         model = _model_of(task)
         run = Run(model, out=None if out is None else Path(out), optimizer=choice.name)
         identity = identity_of(task, model, choice, init, seed, budget) | options.identity()
+        agreement.check_identity(identity)
         folder = saved = None
         if place is not None:
             folder = _opened(stack, place, identity, run, resume=resume)

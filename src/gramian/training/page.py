@@ -36,10 +36,10 @@ LEAST_ROWS = 8
 DECADE = 10.0
 
 
-def check(path: str | Path | None) -> None:
-    """Raise `InputError` where a report cannot be written."""
+def check(path: str | Path | None, out: str | Path | None) -> None:
+    """Raise `InputError` where a report cannot be written; the folder of the run, `out`, is made before it."""
     if path is not None:
-        report.check_target(path, (".html",))
+        report.check_target(path, (".html",), made=out)
 
 
 def diagnose(model: nn.Module, task: Task, objective: Objective) -> Report:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian import placement
+from gramian.batch import tensors
 from gramian.block import blocks
 from gramian.checkpoint import load_tensors
 from gramian.checkpoint.names import without_wrappers
@@ -98,6 +99,8 @@ class Loop:
             self._step()
             if first:
                 warn_of_plain_numbers(self.task, numbers, plain_numbers(run.model))
+                if folder is not None:
+                    folder.room.make(self._size())
                 first = False
             due = NOT_DUE
             if folder is not None:
@@ -211,6 +214,12 @@ class Loop:
         sound = self.streak == 0 and all_finite(parts)
         return not placement.any_rank(not sound) if self.divided else sound
 
+    def _size(self) -> int:
+        """The bytes of a checkpoint's tensors, roughly, once the optimizer has its state."""
+        average = None if self.average is None else self.average.state()
+        held = [_tensors(self.run.model), average, *self.optimizer.state.values()]
+        return sum(t.numel() * t.element_size() for t in tensors(held))
+
     def _keep(self, folder: Folder | None, *, wait: bool) -> None:
         try:
             state = self.state()
@@ -228,12 +237,12 @@ class Loop:
     def finish(self, folder: Folder | None) -> None:
         """Write the finished model, or wait for the last checkpoint of a run that diverged."""
         held = gathered(_tensors(self.run.model)) if self.finished and self.run.out is not None else {}
-        tensors = {without_wrappers(name): tensor for name, tensor in (held or {}).items()}
+        weights = {without_wrappers(name): tensor for name, tensor in (held or {}).items()}
         with placement.agreed("train"):
             if folder is not None:
                 folder.wait()
                 if self.finished:
-                    folder.finish(tensors, blocks(self.run.model).metadata(), self.summary(), self.run.history)
+                    folder.finish(weights, blocks(self.run.model).metadata(), self.summary(), self.run.history)
 
     def warn_of_warmup(self) -> None:
         """Warn where a budget in seconds ended before the warm-up that was asked for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,8 +25,6 @@ from gramian.training.stream import Stream
 from gramian.training.task import Task, calling, named
 
 __all__ = ["Stepper"]
-
-_NOTHING = nullcontext()
 
 
 class Stepper:
@@ -63,9 +60,6 @@ class Stepper:
         self._gradient: dict[tuple[float, torch.dtype], Tensor] = {}  # of the loss, by its divisor
         self.alone = not placement.is_distributed()
         self._half = PRECISIONS[options.precision]
-        self._forward_pass = calling(task, "the forward pass or the loss")
-        self._backward_pass = calling(task, "the backward pass")
-        self._optimizer_step = calling(task, "optimizer.step()")
         self._watch = options.clip is not None or self.scale.active or not skips_itself(optimizer)
 
     def step(self, stream: Stream, num_batches: int) -> tuple[float, float, bool]:
@@ -82,20 +76,24 @@ class Stepper:
         total = units = 0.0
         first = 0.0  # the divisor of all gradients, until the number of all units is known
         sound = True
-        slow = Slow("train: a step has taken", f"of its {num_batches:,} batches (accumulate)")
+        slow = (
+            Slow("train: a step has taken", f"of its {num_batches:,} batches (accumulate)") if num_batches > 1 else None
+        )
         for number in range(num_batches):
-            if number:
+            if number and slow is not None:
                 slow.tell(number)
             amount, counted, own, weight = self._forward(stream)
             total, units = total + amount, units + counted
             sound = sound and math.isfinite(amount)
             if sound and counted:
                 first = first or counted
-                with self.failure.caught(), self._backward_pass:
+                try:
                     if own is not None:
                         if not own.requires_grad:
                             raise self._without_gradient()
                         own.backward(self._gradient_of(own, weight * self.scale.value / first))
+                except BaseException as error:
+                    self._caught(error, "the backward pass")
         if not self.divided and not self.alone:
             agreement.add_gradients(self.model, self.failure)
         taken = sound and not first  # there is nothing to do
@@ -139,9 +137,8 @@ class Stepper:
         """
         batch: Any = None
         own: Tensor | None = None
-        loss = units = self._nothing
-        weight = 1.0
-        with self.failure.caught():
+        loss, units, weight = self._nothing, 0.0, 1.0
+        try:
             batch = stream.take()
             seed = (self.seed, stream.epoch, stream.taken)
             batch = augmented(batch, self.options.augment, seed) if self.options.augment else batch
@@ -149,24 +146,31 @@ class Stepper:
                 agreement.check_rows(self.model, batch)
             weight = 1.0 if self.alone else float(agreement.has_rows(batch))
             if weight or self.divided:
-                with self._forward_pass, self._cast():
-                    own, count = self._loss(batch, seed)
+                own, count = self._loss(batch, seed)
                 loss, units = (own, count) if weight else (loss, units)
+        except BaseException as error:
+            self._caught(error)
         amount, number = agreement.sums(loss, units, None if self.alone else self.failure, (stream.epoch, stream.taken))
         if stream.taken == 1:
             agreement.check_batch(self.model, self.objective, batch, self.failure)
         return amount, number, own, weight
 
-    def _cast(self) -> AbstractContextManager[Any]:
-        """A context with the precision of the forward pass."""
-        return _NOTHING if self._half is None else torch.autocast(self.device.type, self._half)
+    def _loss(self, batch: Any, seed: tuple[int, ...]) -> tuple[Tensor, float]:
+        """This rank's loss and units of a batch, with the precision of the forward pass."""
+        try:
+            if self._half is None:
+                return self._of_parts(batch, seed)
+            with torch.autocast(self.device.type, self._half):
+                return self._of_parts(batch, seed)
+        except BaseException:
+            with calling(self.task, "the forward pass or the loss"):
+                raise
 
-    def _loss(self, batch: Any, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """This rank's loss and units of a batch; of a mixed one, both parts share the forward pass."""
+    def _of_parts(self, batch: Any, seed: tuple[int, ...]) -> tuple[Tensor, float]:
+        """The loss and units of a batch; of a mixed one, both parts share the forward pass."""
         parts = mixed(batch, self.options.augment, seed) if self.options.augment else [(1.0, batch)]
         if len(parts) == 1:
-            own_rows = batch if self.alone else agreement.rows(batch)
-            return self.objective.loss(self.model, own_rows, empty=True)
+            return self.objective.summed(self.model, batch if self.alone else agreement.rows(batch))
         own = [(weight, prepared(self.model, agreement.rows(part))) for weight, part in parts]
         if self.objective is not self.task.objective:  # loss(model, batch), whose forward pass is its own
             found = [(w, *self.objective.loss(self.model, part, empty=True)) for w, part in own]
@@ -175,7 +179,8 @@ class Stepper:
             results = [(w, self.objective.criterion(output, part)) for w, part in own]
             found = [(w, *self.objective.checked(result, empty=True)) for w, result in results]
         loss = sum((w * loss for w, loss, _ in found), torch.zeros((), device=self.device))
-        return loss, sum((w * units for w, _, units in found), torch.zeros((), device=self.device))
+        units = sum((w * units for w, _, units in found), torch.zeros((), device=self.device))
+        return loss, float(units.item())
 
     def _apply(self, factor: float) -> bool:
         """Step with the gradients times a factor, and clipped; false where they are not finite."""
@@ -191,9 +196,22 @@ class Stepper:
                 return False
             if self.options.clip is not None:
                 torch.nn.utils.clip_grad_norm_([p for p in self._params if p.grad is not None], self.options.clip)
-        with self.failure.caught(), self._optimizer_step:
+        try:
             self.optimizer.step()
+        except BaseException as error:
+            self._caught(error, "optimizer.step()")
         return True
+
+    def _caught(self, error: BaseException, function: str = "") -> None:
+        """Tell an exception as one of the task's function, which other ranks hear of with the next sum.
+
+        In place of contexts around what is called, since a step of a small network notices those.
+        """
+        with self.failure.caught():
+            if not function:
+                raise error
+            with calling(self.task, function):
+                raise error
 
 
 class _Buffers:

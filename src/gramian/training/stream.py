@@ -134,8 +134,12 @@ class Stream:
 
     def _next(self) -> Any:
         assert self._batches is not None
-        with self._drawing, self._own:
-            return next(self._batches, END)
+        try:
+            with self._own:
+                return next(self._batches, END)
+        except BaseException:
+            with self._drawing:
+                raise
 
     def _now(self) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, Any]]:
         return self.generator.get_state(), self._own.state, state_of_python()

@@ -294,7 +294,7 @@ def as_numbers(found: Any, task: Task) -> dict[str, float]:
 def _number(value: Any) -> float | int | None:
     """A real number as an int or a float; `None` for anything else."""
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
-        value = value.item()
+        value = None if getattr(value, "is_meta", False) else value.item()
     try:
         real = float(value) if isinstance(value, numbers.Real) else None
     except OverflowError:  # an integer or a fraction that no float can hold

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -36,21 +37,27 @@ def all_finite(found: Iterable[Tensor], *, owned: bool = False) -> bool:
     Args:
         found: the tensors.
         owned: whether they may be written, with the values that they have. Small ones of a processor are then looked
-            at in one call, that of `torch.amp.GradScaler`, which multiplies by one.
+            at in one call, that of `torch.amp.GradScaler`, which multiplies by one, and refuses what it cannot read.
     """
-    found, total, short, small = list(found), 0.0, [], []
+    found, total, short = list(found), 0.0, []
+    if owned and found and found[0].is_cpu:
+        small = [t for t in found if t.numel() <= SMALL]
+        bad = torch.zeros(())
+        with suppress(RuntimeError):  # one is sparse, or repeats its memory: all of them are looked at below
+            torch._amp_foreach_non_finite_check_and_unscale_(small, bad, _ONE)
+            if len(small) == len(found) or bad.item():
+                return bad.item() == 0
+            found = [t for t in found if t.numel() > SMALL]
     for t in found:
         if type(t) is not Tensor or not t.is_cpu or t.dtype not in _WIDE:
             break
-        if owned and t.numel() <= SMALL and t.is_contiguous() and not t.requires_grad:
-            small.append(t)
-        elif t.ndim == 1 and len(t) <= SHORT:
+        if t.ndim == 1 and len(t) <= SHORT:
             short.append(t)
         else:
             total += t.sum().item()
     else:
         total += torch.cat(short).sum().item() if short else 0.0
-        return (math.isfinite(total) or are_finite(map(values_of, found))) and _small_are_finite(small)
+        return math.isfinite(total) or are_finite(map(values_of, found))
     total = 0.0
     values = [values_of(t) if t.requires_grad or not _is_plain(t) else t for t in found]
     if all(t.is_cpu for t in values):
@@ -62,16 +69,6 @@ def all_finite(found: Iterable[Tensor], *, owned: bool = False) -> bool:
         by_kind.setdefault((norm.device, norm.dtype), []).append(norm)
     sums = [float(torch.stack(of).sum()) for of in by_kind.values()]
     return all(map(math.isfinite, sums)) or are_finite(values)
-
-
-def _small_are_finite(found: list[Tensor]) -> bool:
-    if not found:
-        return True
-    bad = torch.zeros(())
-    for dtype in _WIDE:  # it takes tensors of one dtype only
-        if of := [t for t in found if t.dtype == dtype]:
-            torch._amp_foreach_non_finite_check_and_unscale_(of, bad, _ONE)
-    return bad.item() == 0
 
 
 def norms(found: Mapping[str, Tensor]) -> dict[str, float]:

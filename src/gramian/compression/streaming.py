@@ -1,0 +1,304 @@
+"""Compressing a model that does not fit into memory: calibrated and factored part by part from its files."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gramian.batch import first_samples, mapped
+from gramian.compression.calibrating import (
+    EVERY,
+    MOST_DRAWS,
+    ROWS,
+    VANISHES,
+    Calibration,
+    Reader,
+    around_output,
+    cuttable,
+    draws_for,
+    redrawn,
+)
+from gramian.compression.correcting import corrected_by, parts_of
+from gramian.compression.holding import Holding, as_bytes, check_disk, fitting, holding, resident, shown, told
+from gramian.compression.mixing import Form
+from gramian.compression.modules import module_name, submodule
+from gramian.compression.passing import Item
+from gramian.compression.planning import by_default, judged, nothing
+from gramian.compression.samplewise import PART, draws_of, samples_of
+from gramian.compression.sharded_plan import ShardedPlan, spooled
+from gramian.compression.shards import OUTSIDE, Shards
+from gramian.compression.spool import Spool
+from gramian.compression.sweeping import Sweep
+from gramian.compression.targets import Target, targets
+from gramian.compression.weighted import WeightedSVD, decompose
+from gramian.compression.weighting import Uncaptured, weighting
+from gramian.errors import GramianWarning
+from gramian.layers import operation_of
+from gramian.loader import Batches, as_batches, no_batches
+from gramian.objective import Objective, as_objective
+from gramian.recording.recorder import MAX_DIM
+from gramian.rows import Rows
+from gramian.statistics import Statistics
+
+__all__ = ["compress_shards", "loss_of"]
+
+GRAPHS = 3
+"""What a pass keeps, with attention written out and its rows in float32, over what the block alone keeps."""
+
+Tell = Callable[[str, float, str], None]
+
+
+def compress_shards(
+    folder: str | os.PathLike[str],
+    batches: Batches,
+    objective: Objective | Callable,
+    *,
+    held_out: Batches | None = None,
+    keep: float | None = None,
+    of: Literal["all", "factorable"] = "all",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    memory: int | float | str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+    tell: Tell | None = None,
+) -> ShardedPlan:
+    """`compress` for a model in a folder, of which one part at a time is in memory.
+
+    Args:
+        folder: of a model of transformers.
+        batches, objective, held_out, keep, of, include, exclude: as there.
+        memory: that the process may have, as `"6GB"`: batches are cut into as few samples as that takes.
+        scratch: a folder for what waits on the disk.
+        progress: called with the number of layers done.
+        tell: called as `tell(stage, share done, remark)`; the first remark says what is held.
+
+    Returns: the plan, without predictions: no smaller model is measured.
+    Raises: as `compress`; InputError where the memory or the disk is too small, before anything is computed.
+    """
+    objective = as_objective(objective)
+    limit = None if memory is None else as_bytes(memory)
+    shards = Shards(folder)
+    found, reasons = targets(shards.model, include, exclude)
+    for target in found:
+        if target.block is None or target.name != module_name(target.block):  # factored already, or to be opened
+            reasons[target.name] = "left dense where a model is read from shards"
+    found = [target for target in found if target.name not in reasons]
+    if not found:
+        raise nothing(shards.model, reasons)
+    reader = Reader(batches, held_out=held_out)
+    given = list(reader)
+    if not given:
+        raise no_batches(batches, "compress")
+    held, distinct, samples = reader.shared(given[0])
+    calibration = Calibration(Statistics(), distinct, samples, objective=objective)
+    run = _Run(
+        shards,
+        found,
+        reader,
+        Sweep(shards, Spool(scratch), objective),
+        calibration,
+        tell or (lambda *_: None),
+        progress or (lambda _: None),
+    )
+    run.prepare(given, [batch for _, batch in held], limit)
+    run.calibrate()
+    spectra, uncaptured = run.decompose()
+    reasons |= uncaptured
+    if not spectra:
+        raise nothing(shards.model, reasons)
+    for note in run.notes:
+        warnings.warn(f"compress: {note}", GramianWarning, stacklevel=3)
+    forms = {s.name: Form() for s in spectra}
+    options = {"shards": shards, "spool": run.sweep.spool, "told": run.told}
+    plan = ShardedPlan(shards.model, tuple(spectra), 1.0, forms, reasons, of, tuple(run.notes), run.ranked, **options)
+    made = by_default(plan) if keep is None else plan.at(keep=keep)
+    assert isinstance(made, ShardedPlan)
+    return made
+
+
+def loss_of(
+    folder: str | os.PathLike[str],
+    batches: Batches,
+    objective: Objective,
+    *,
+    memory: int | float | str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+) -> float:
+    """The mean loss of a model in a folder, dense or factored, of which one part at a time is in memory.
+
+    Args:
+        folder, memory, scratch: as in `compress_shards`.
+        batches: to evaluate.
+        objective: whose loss it is.
+
+    Raises: as `compress_shards`.
+    Cost: each part is loaded once, and what is outside of the blocks twice; a forward pass.
+    """
+    shards, given = Shards(folder), list(as_batches(batches, "compress"))
+    sweep = Sweep(shards, Spool(scratch), objective)
+    _, _, most = _measured(sweep, [], given, None if memory is None else as_bytes(memory))
+    items = [Item(f"{i}", batch) for i, batch in enumerate(chain.from_iterable(_cut(b, most) for b in given))]
+    for _ in sweep.forward(items, keep=False):
+        pass
+    sweep.outputs(items, None)
+    return sum(item.loss for item in items) / sum(item.units for item in items)
+
+
+def _measured(
+    sweep: Sweep, found: Sequence[Target], given: Sequence[Any], limit: int | None
+) -> tuple[list[Holding], int, int]:
+    """What each part holds, what the process has before, and how many samples fit at once."""
+    largest = max(map(cuttable, given))
+    graph, hidden = sweep.probe(first_samples(given[0], 1) if largest else given[0])
+    width = hidden.numel() * hidden.element_size()
+    parts = holding(sweep.shards, found, GRAPHS * graph, hidden.shape[:-1].numel(), width)
+    base = resident()
+    return parts, base, fitting(parts, base, limit, max(1, largest))
+
+
+@dataclass
+class _Run:
+    """A compression on its way."""
+
+    shards: Shards
+    found: Sequence[Target]
+    reader: Reader
+    sweep: Sweep
+    calibration: Calibration
+    tell: Tell
+    progress: Callable[[int], None]
+    told: Rows = field(default_factory=lambda: Rows([]))
+    items: list[Item] = field(default_factory=list)
+    samples: list[tuple[Item, int]] = field(default_factory=list)
+    parts: list[tuple[Item, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    ranked: bool = True
+    seed: int = 1
+    first: int = 1
+    """Items that the first batch was cut into."""
+
+    def prepare(self, given: Sequence[Any], held: Sequence[Any], limit: int | None) -> None:
+        """Says what will be held, and cuts the batches to what fits."""
+        parts, base, most = _measured(self.sweep, self.found, given, limit)
+        self.told = told(parts, base, most)
+        self.items = [Item(f"{i}", batch) for i, batch in enumerate(chain.from_iterable(_cut(b, most) for b in given))]
+        self.first = len(list(_cut(given[0], most)))
+        if self.calibration.objective is not None and self.calibration.objective.sampled is not None:
+            cut = list(samples_of(held, min(most, PART)))
+            draws = draws_of(cut)
+            self.samples = [(Item(f"s{i}", batch, draws=draws), num) for i, (batch, num) in enumerate(cut)]
+            if not all(map(_shows_samples, self.found)):
+                self.parts = [(Item(f"p{i}", b, draws=num), num) for i, (b, num) in enumerate(parts_of(held))]
+        everything = [*self.items, *(item for item, _ in (*self.samples, *self.parts))]
+        num = sum(max(1, cuttable(item.batch)) for item in everything)
+        weights = sum(map(self.shards.bytes, (OUTSIDE, *self.shards.blocks)))  # which their factors stay below
+        disk = num * parts[0].hidden * (len(self.shards.blocks) + 1 + MOST_DRAWS) + weights
+        check_disk(self.sweep.spool.folder, disk)
+        peak = base + max(part.at(most) for part in parts)
+        remark = f"{len(self.items)} batches of at most {most}, peak {shown(peak)} of memory, {shown(disk)} of disk"
+        self.tell("Sweep", 0.0, remark)
+
+    def calibrate(self) -> None:
+        """The forward sweep, and the gradients at its end."""
+        extra = [item for item, _ in (*self.samples, *self.parts)]
+        total = 1 + len(self.shards.blocks)
+        for i, name in enumerate(self.sweep.forward([*self.items, *extra]), 1):
+            self.tell("Sweep", i / total, name)
+        first = self.items[0]
+        self.sweep.outputs([first], torch.Generator().manual_seed(0))
+        used = self.sweep.objective
+        if not bool(self.sweep.spool.get(f"{first.name}.back")["gradients"].any()):
+            used = around_output(used)
+            self.notes.append(VANISHES)
+        rows = [self._rows(item) for item in self.items]
+        sides = [dim for target in self.found for dim in _sides(target) if dim <= MAX_DIM]
+        whole = sum(rows[: self.first]) * self.reader.total  # about: the batches kept apart count too
+        times = draws_for(used, max(sides, default=0), whole or math.inf)
+        self.sweep.objective, self.sweep.once = redrawn(used, times), used
+        self.seed = 0 if len(self.items) == times == 1 else 1
+        seen = 0.0
+        for i, item in enumerate(self.items):
+            item.back = not i or not i % EVERY or seen < ROWS * max(sides, default=0)
+            seen += rows[i]
+        self.sweep.outputs(self.items, torch.Generator().manual_seed(self.seed))
+        for items in (self.samples, self.parts):  # a generator of its own for each, as correcting has
+            self.sweep.outputs([item for item, _ in items], torch.Generator().manual_seed(2))
+        self.calibration.objective = used
+        self.calibration.differentiated = sum(item.back for item in self.items) / len(self.items)
+
+    def decompose(self) -> tuple[list[WeightedSVD], dict[str, str]]:
+        """The backward sweep, in which each part is decomposed as soon as its second moments are there."""
+        extra = [item for item, _ in (*self.samples, *self.parts)]
+        made: dict[str, WeightedSVD] = {}
+        reasons: dict[str, str] = {}
+        blind: bool | None = None
+        done = 0
+        asked: dict[str, set[str]] = {}
+        for target in self.found:
+            asked.setdefault(self.shards.part_of(target.name), set()).add(target.inputs)
+        for part, model, stats in self.sweep.backward(self.items, extra, self.seed, asked):
+            self.calibration.stats, self.calibration.latest = stats, {}
+            if blind is None:
+                self.calibration.notes = self.notes
+                self.notes, self.ranked, blind = judged(self.calibration)
+            here: list[WeightedSVD] = []
+            for target in self.found:
+                if self.shards.part_of(target.name) == part:
+                    try:
+                        here.append(self._decomposed(target, blind))
+                    except Uncaptured as error:
+                        reasons[target.name] = str(error)
+                    done += 1
+                    self.progress(done)
+                    self.tell("Factor", done / len(self.found), target.name)
+                    stats.blocks.pop(target.inputs, None)
+            if self.ranked and (self.samples or self.parts):
+                here = list(self._corrected(part, model, here))
+            for s in here:
+                layer, name = submodule(self.shards.model, s.name), f"factors.{s.name}"
+                made[s.name] = spooled(s, layer, self.sweep.spool, name)
+            del here
+        return [made[target.name] for target in self.found if target.name in made], reasons
+
+    def _decomposed(self, target: Target, blind: bool) -> WeightedSVD:
+        s = decompose(target, weighting(target, self.calibration, blind=blind), rounds=False)
+        return replace(s, left=s.left.float(), right=s.right.float())
+
+    def _corrected(self, part: str, model: nn.Module, spectra: Sequence[WeightedSVD]) -> tuple[WeightedSVD, ...]:
+        samples = zip(self.sweep.calls([i for i, _ in self.samples], part), (n for _, n in self.samples), strict=True)
+        parts = zip(self.sweep.calls([i for i, _ in self.parts], part), (n for _, n in self.parts), strict=True)
+        draws = self.samples[0][0].draws if self.samples else 0
+        return corrected_by(model, spectra, samples, draws or 0, parts, self.sweep.objective_of(part, by_turn=True))
+
+    def _rows(self, item: Item) -> float:
+        mask = self.sweep.objective.mask(item.batch)
+        return float(self.sweep.hidden(item, 0).shape[:-1].numel() if mask is None else mask.sum())
+
+
+def _cut(batch: Any, most: int) -> Iterator[Any]:
+    num = cuttable(batch)
+    if num <= most:
+        yield batch
+        return
+    for begin in range(0, num, most):
+        yield mapped(batch, lambda t, at=slice(begin, begin + most): t[at])
+
+
+def _shows_samples(target: Target) -> bool:
+    return operation_of(target.module).factors == "linear" and not target.tied and not target.table
+
+
+def _sides(target: Target) -> set[int]:
+    """The sides of G of a layer."""
+    assert target.block is not None
+    m, n = target.block.shape[-2:]
+    return {m, n} if target.table and target.tied else {n} if target.table else {m}
