@@ -66,8 +66,8 @@ def _mistake(context: Context) -> str:
     """Why what is frozen looks forgotten; empty where it looks meant.
 
     Meant are parts beside whose every matrix something is trained (adapters, biases), all matrices while prompts,
-    tables or norms are trained, trained layers before those that are trained on, the head and others or most of a
-    network around new parts, and a trained network in another.
+    tables or norms are trained; and, of weights that are not as they were drawn, the layers before those that are
+    trained on, the head and others or most of a network around new parts, and a network in another.
     """
     tables = [b for b in context.matrices if b.role == "embedding" and b.name in context.observed.used]
     used = [b for b in context.matrices if b.role != "embedding" and b.name in context.observed.used]
