@@ -96,7 +96,7 @@ def test_verdict_counts_errors_and_warnings_and_names_the_worst():
     report.findings = report.findings[:2]
     assert (report.status, report.verdict) == ("warning", "1 warning: Dead units.")
     report.findings = report.findings[:1]
-    assert (report.status, report.verdict) == ("good", "No trouble found in 100 layers (1 remark).")
+    assert (report.status, report.verdict) == ("good", "No trouble found in 100 layers; 1 remark: a remark.")
     assert "no layers" in Report("empty").verdict
 
 

@@ -247,8 +247,14 @@ FOUND = {
     "no warning's": (
         [("a", "warning", ISOMETRIC)],
         [],
-        "as the task makes it: no error was found before the first step",
+        "as the task makes it: no error was found before the first step; a warning: a",
     ),
+    "of labels, a remark too": (
+        [("a", "info", None), ("labels-independent", "info", None)],
+        [],
+        "as the task makes it: no error was found before the first step; a remark: labels-independent",
+    ),
+    "what draws a layer anew": ([("a", "error", Action("reset", {"names": ("a",)}))], ["isometric"], "isometric: a"),
     "advice only": ([("a", "error", None)], [], "as the task makes it, since no initialization repairs this: a"),
 }
 

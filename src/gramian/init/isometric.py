@@ -16,8 +16,8 @@ from gramian.init.composed import leave_composed, set_composed_
 from gramian.init.paths import hooked, normalized, trace
 from gramian.init.reached import State
 from gramian.init.setting import Setting
-from gramian.init.trained import signs_of, told
 from gramian.init.weights import BYPASSED, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
+from gramian.inspection.weights.trained import signs_of, told
 from gramian.layers import operation_of
 from gramian.objective import Objective
 from gramian.recording import measuring

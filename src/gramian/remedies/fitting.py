@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gramian.batch import fields, main_input
 from gramian.calls import called, prepared
 from gramian.errors import GramianError, some
-from gramian.init.trained import signs_of, trainable
+from gramian.inspection.weights.trained import signs_of, trainable
 from gramian.objective import Objective, as_objective
 from gramian.recording.measuring import evaluating
 from gramian.remedies.performing import Setting

@@ -86,6 +86,9 @@ class Report:
         if parts:
             return f"{', '.join(parts)}: {ranked(self.findings)[0].title.rstrip('.')}."
         remarks = f" ({plural(len(self.findings), 'remark')})" if self.findings else ""
+        if len(self.findings) == 1:
+            title = self.findings[0].title.rstrip(".")
+            remarks = f"; 1 remark: {title[0].lower()}{title[1:]}"
         if not self.layers:
             return f"No trouble found{remarks}, but there were no layers to inspect."
         among = f" Looked at: {', '.join(self.looked_at)}." if self.looked_at else ""

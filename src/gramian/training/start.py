@@ -52,9 +52,12 @@ def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
     batches = _with_units(model, task, objective)
     if not batches:
         return f"as the task makes it, not diagnosed: none of the first {MOST_BATCHES} batches has a row that counts"
-    errors = _errors(model, batches, objective)
+    found = inspect(model, batches, objective, quick=True).findings
+    errors = [finding for finding in found if _keeps_from_learning(finding)]
     if not errors:
-        return "as the task makes it: no error was found before the first step"
+        noted = [f for f in found if f.severity == "warning" or f.code == "labels-independent"]
+        told = f"; a {'warning' if noted[0].severity == 'warning' else 'remark'}: {noted[0].title}" if noted else ""
+        return f"as the task makes it: no error was found before the first step{told}"
     wanted = _inits_for(errors)
     if not wanted:
         return f"as the task makes it, since no initialization repairs this: {errors[0].title}"
@@ -70,7 +73,8 @@ def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
     except InputError as error:
         model.load_state_dict(kept)
         return f"as the task makes it; {cause}; {error}"
-    if len([finding for finding in _errors(model, batches, objective) if _init_for(finding)]) < len(before):
+    found = filter(_keeps_from_learning, inspect(model, batches, objective, quick=True).findings)
+    if sum(_init_for(finding) is not None for finding in found) < len(before):
         return f"{', '.join(wanted)}: {cause}"
     model.load_state_dict(kept)
     return f"as the task makes it, since {', '.join(wanted)} did not help; but: {cause}"
@@ -90,10 +94,9 @@ def _with_units(model: nn.Module, task: Task, objective: Objective) -> list[Any]
     return found or list(islice(filter(has_units, task.batches(MOST_BATCHES)), NUM_BATCHES))
 
 
-def _errors(model: nn.Module, batches: list[Any], objective: Objective) -> list[Finding]:
-    """Return what keeps the model from learning: errors, and what an initialization repairs though it is a warning."""
-    found = inspect(model, batches, objective, quick=True).findings
-    return [finding for finding in found if finding.severity == "error" or _is_of_size(finding)]
+def _keeps_from_learning(finding: Finding) -> bool:
+    """Whether it is an error, or what an initialization repairs though it is a warning."""
+    return finding.severity == "error" or _is_of_size(finding)
 
 
 def _init_for(finding: Finding) -> str | None:
@@ -123,4 +126,5 @@ INITS: dict[str, Callable[[nn.Module, Task, Objective, int], str]] = {
 # stands for. The others, such as a cast or a compression, are for the user to decide.
 INIT_OF_ACTION: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "isometric_": lambda arguments: "isometric",
+    "reset": lambda arguments: "isometric",  # of all, since none has learned anything yet
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 from gramian.errors import some
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import DEPENDENCE, LEAST, POWER, labels_depend
+from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.losses import VALUES
 from gramian.report import Finding
 
@@ -91,24 +92,36 @@ def labels(context: Context) -> Iterator[Finding]:
     if context.has_learned:
         context.skipped[DEPENDENCE] = "the network predicts them already"
         return
-    test = labels_depend(context.given_inputs, kept)
+    test = labels_depend(*_rows(context, kept))
     if test is None:
         context.skipped[DEPENDENCE] = f"fewer than {LEAST} samples, or inputs and labels of kinds that no test is for"
-    if test is not None and not test.are_independent and test.p_value > test.level:
-        context.skipped[DEPENDENCE] = (
-            f"too few samples for so many features, or relations that simple tests miss: {test.evidence}"
-        )
-    if test is not None and test.p_value > test.level and test.linear_power >= POWER:
+    elif test.p_value > test.level and test.linear_power < POWER:
+        context.skipped[DEPENDENCE] = f"too few samples for so many features: {test.evidence}"
+    elif test.p_value > test.level:
         yield Finding(
             "labels-independent",
             "warning" if test.are_independent else "info",
             "The labels do not depend on the inputs, as far as simple tests see",
             where="labels",
             evidence=test.evidence,
-            cause="Inputs and labels were shuffled apart, or joined by the wrong index.",
+            cause="Inputs and labels were shuffled apart, or joined by the wrong index."
+            if test.are_independent
+            else "Inputs and labels were shuffled apart, or joined by the wrong index; or these samples are too few "
+            "for relations that are no linear ones.",
             advice="Look at a few samples beside their labels. Relations that no neighborhood or linear test sees "
             "(parity, copying) also look like this.",
         )
+
+
+def _rows(context: Context, labels: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """The inputs and labels of each batch, of those beyond the first few too where these are in memory."""
+    seen = context.observed
+    inputs = [given.name for given in context.given if given.is_input]
+    label = next((given.name for given in context.given if given.values[0] is labels[0]), "")
+    of = {given.name: given.values for given in given_of([*seen.batches, *context.further], seen.fed, set())}
+    if not context.further or not inputs or not {*inputs, label} <= of.keys():
+        return context.given_inputs, labels
+    return [list(one) for one in zip(*(of[name] for name in inputs), strict=True)], of[label]
 
 
 def lost_labels(batches: Sequence[Tensor]) -> list[Finding]:

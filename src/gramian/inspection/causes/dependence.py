@@ -25,6 +25,12 @@ NUM_MADE_UP, POWER = 20, 0.9
 # classes.
 MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
 EULER = 0.5772156649
+# Directions that count as the inputs' structure, and how far beyond the edge of noise their variances are. The rest is
+# noise if its fourth moments, and how much the samples differ in it, are no larger than a Gaussian's by these factors.
+MOST_DIRECTIONS, BEYOND = 32, 1.2
+TAILS, UNEVEN = 1.1, 2.0
+# Samples from which on, and p-value above which, products of the structure that are not seen are not there.
+ENOUGH, CLEARLY = 1000, 0.1
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,18 @@ class Dependence:
 def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) -> Dependence | None:
     """Test whether the labels depend on the inputs: do neighbors, and linear scores, agree more than by chance?
 
-    Three statistics of all samples: how often the nearest neighbors of a sample have its label, the squared
-    correlation of the labels with inputs along the leading principal directions, and the largest with a product of two
-    of few features. Their distribution without dependence is that under shuffled labels, of which the mean and
-    deviation of 50 are taken.
+    Statistics of all samples: how often the nearest neighbors of a sample have its label, the squared correlation of
+    the labels with inputs along the leading principal directions, and the largest with a product of two of few
+    features. Of many features that are noise but for a few directions, the structure, two more: neighbors and all
+    products there. Their distribution without dependence is that under shuffled labels, of which the mean and deviation
+    of 50 are taken.
 
     That none is seen says nothing where none could be: few samples of many independent features are all alike. So the
     tests are also given labels that are made up of these inputs (of tokens' counts): the largest of as many random
     linear functions as there are classes, and of as many products of two; a quarter replaced by others' at random.
     Whether two inputs are alike, or which of them is marked, is such a product: nothing is said where these are missed.
+    Where all but the structure is noise, of which no one learns products, those of the structure alone are asked, from
+    1,000 samples on.
 
     Numbers to be predicted count as four classes, by the quarter of their range of ranks; of several, the first.
 
@@ -93,26 +102,39 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
         return None
     generator = torch.Generator().manual_seed(0)
     x = _standardized(x)
-    graph, linear, products = _neighbors(x), _principal(x), _products(x[:, :num_simple])
+    few, structure = _products(x[:, :num_simple]), _structure(x) if num_simple > MOST_FACTORS else None
+    known = _Known([_neighbors(x)], _principal(x), few)
+    if structure is not None:
+        known = _Known([_neighbors(x), _neighbors(structure)], known.linear, _products(_standardized(structure)))
 
     def tested(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of labels (K, N), the statistics, those of the first shuffled, and the p-values times their number."""
+        """Of labels (K, N), the statistics, those of the first shuffled, and the p-values."""
         shuffled = [labels[0][torch.randperm(len(x), generator=generator)] for _ in range(NUM_SHUFFLES)]
-        own, chance = (_statistics(graph, linear, products, of, num) for of in (labels, torch.stack(shuffled)))
+        own, chance = (_statistics(known, of, num) for of in (labels, torch.stack(shuffled)))
         z = (own - chance.mean(0)) / chance.std(0).clamp(min=1e-9)
         p = torch.special.erfc(z / 2**0.5) / 2
         p[:, 2] = -torch.expm1(-torch.exp(-(z[:, 2] * math.pi / 6**0.5 + EULER)))  # a maximum: Gumbel's law
-        return own, chance, (p.amin(1) * z.shape[1]).clamp(max=1.0)
+        if structure is not None:  # a sum of squares of few kinds: a gamma distribution
+            rate = chance[:, 4].mean() / chance[:, 4].var()
+            p[:, 4] = torch.special.gammaincc(rate * chance[:, 4].mean(), rate * own[:, 4])
+        return own, chance, p
 
-    (found,), chance, (p,) = tested(y[None])
-    p, power, linear_power, seen = float(p), 1.0, 1.0, ""
+    (found,), chance, p = tested(y[None])
+    p, power, linear_power, seen = float(_least(p)), 1.0, 1.0, ""
     if p > LEVEL:
         simple = x[:, :num_simple]
-        made_up = (_made_up(simple, num, generator, are_products=which) for which in (False, True))
-        linear_power, power_of_products = (float((tested(of)[2] < LEVEL).float().mean()) for of in made_up)
-        power = min(linear_power, power_of_products)
+
+        def share_seen(of: Tensor, *, are_products: bool) -> float:
+            found = tested(_made_up(of, num, generator, are_products=are_products))[2]
+            return float((_least(found if of is structure else found[:, :3]) < LEVEL).float().mean())
+
+        linear_power, of_products = (share_seen(simple, are_products=which) for which in (False, True))
         seen = f"; of labels made up of these inputs, a quarter of them noise, {linear_power:.0%} are seen where they "
-        seen += f"are linear, and {power_of_products:.0%} where they are products"
+        seen += f"are linear, and {of_products:.0%} where they are products"
+        if of_products < POWER and structure is not None and len(y) >= ENOUGH and p > CLEARLY:
+            of_products = share_seen(structure, are_products=True)
+            seen += f", {of_products:.0%} of those of their {structure.shape[1]} leading directions"
+        power = min(linear_power, of_products)
     return Dependence(
         p,
         LEVEL,
@@ -121,6 +143,11 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
         f"{float(chance[:, 0].mean()):.1%} if labels are shuffled (p = {p:.2g} for dependence{seen})",
         linear_power,
     )
+
+
+def _least(p: Tensor) -> Tensor:
+    """The smallest p-value of each row, times their number."""
+    return (p.amin(1) * p.shape[1]).clamp(max=1.0)
 
 
 def _made_up(x: Tensor, num: int, generator: torch.Generator, *, are_products: bool) -> Tensor:
@@ -201,10 +228,44 @@ def _principal(x: Tensor) -> Tensor:
     return (u / u.norm(dim=0).clamp(min=1e-12)).float()
 
 
-def _statistics(graph: Tensor, linear: Tensor, products: Tensor, labels: Tensor, num: int) -> Tensor:
-    """The three statistics (K, 3) of each row of `labels` (K, N)."""
-    agreement = (labels[:, graph] == labels[:, :, None]).float().mean((1, 2))
+def _structure(x: Tensor) -> Tensor | None:
+    """Coordinates (N, r) along directions beside which the inputs are independent noise; `None` where they are not.
+
+    Source: Marchenko & Pastur 1967, for the edge of the variances of noise.
+    """
+    n, d = x.shape
+    x = x.double()
+    squares, u = torch.linalg.eigh(x @ x.T if n < d else x.T @ x)
+    edge = float(x.square().mean()) * (n**0.5 + d**0.5) ** 2
+    rank = int((squares > BEYOND * edge).sum())
+    if not 2 <= rank <= min(MOST_DIRECTIONS, n // 10):
+        return None
+    leading = u[:, -rank:]
+    rest = x - (leading @ (leading.T @ x) if n < d else x @ leading @ leading.T)
+    sizes = rest.square().mean(1)
+    variance = float(sizes.mean())
+    if float(rest.pow(4).mean()) > TAILS * 3 * variance**2:
+        return None
+    if float(sizes.var()) > UNEVEN * 2 * variance**2 / (d - rank):
+        return None
+    return (leading * squares[-rank:].sqrt() if n < d else x @ leading).float()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the inputs have that labels may go with: neighbors (N, k), directions (N, r) and products (N, p)."""
+
+    graphs: list[Tensor]
+    linear: Tensor
+    products: Tensor
+
+
+def _statistics(known: _Known, labels: Tensor, num: int) -> Tensor:
+    """The three statistics (K, 3) of each row of `labels` (K, N); five where the inputs have a structure."""
+    agreements = [(labels[:, graph] == labels[:, :, None]).float().mean((1, 2)) for graph in known.graphs]
     one_hot = torch.nn.functional.one_hot(labels, num).float()
     centered = one_hot - one_hot.mean(1, keepdim=True)
-    fitted = (linear.T @ centered).square().sum((1, 2))
-    return torch.stack((agreement, fitted, (products.T @ centered).abs().amax((1, 2))), dim=1)
+    fitted = (known.linear.T @ centered).square().sum((1, 2))
+    products = known.products.T @ centered
+    of_all = [products.square().sum((1, 2))] if len(known.graphs) > 1 else []
+    return torch.stack((agreements[0], fitted, products.abs().amax((1, 2)), *agreements[1:], *of_all), dim=1)

@@ -125,6 +125,9 @@ _SIGNAL = frozenset((
     "gradient-kept", "rate-grows", "loss-flat", "loss-collapses", "loss-reversed", "loss-unbounded",
 ))  # fmt: skip
 
+# Data in units that drive what they enter to its ends.
+_UNITS_OF_DATA = frozenset(("input-dominated", "input-scale"))
+
 # What a network is like whose branches are multiplied by zero.
 _EMPTIED = frozenset(("no-nonlinearity", "input-unused", "order-ignored"))
 
@@ -176,14 +179,16 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
 
 def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Finding | None:
     """The first cause, by origin, that a finding follows from."""
-    if finding.severity == "info":
-        return None
+    if finding.severity == "info":  # units whose inputs are constant are never active, or always
+        return next((f for f in serious if f.code == "zero-weights" and finding.code in _UNITS), None)
     driver = next((f for f in serious if f.code in _DRIVERS and f.severity == "error"), None)
     if driver is not None and finding.code in _DRIVEN:
         return driver
     zeroed = next((f for f in serious if f.code == "zero-factor"), None)
     if zeroed is not None and finding.code in _EMPTIED:
         return zeroed
+    if finding.code == "input-unused" and finding.severity != "error":  # what saturates forgets what came before
+        return next((f for f in serious if f.code in _UNITS_OF_DATA), None)
     padded = next((f for f in serious if f.code == "padding-read"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]

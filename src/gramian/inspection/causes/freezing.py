@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from gramian.block import Block
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.experiments.by_design import is_factor
+from gramian.inspection.weights.trained import signs_of
 from gramian.report import Finding
 from gramian.report.model import plural
 
 __all__ = ["RULES"]
 
 # A frozen part of more than this share of the matrices' values, between layers that are trained, is what adapters train
-# around. A part counts as trained where more than this share of it has singular values that training gives.
+# around. A part counts as trained where more than this share of it is not as it was drawn.
 MOST, TRAINED = 0.5, 0.3
 
-# Rows and columns of a table from which on its singular values tell that it was trained.
+# Rows and columns of a table from which on it tells whether it was trained.
 ROWS = 8
+
+# Entries of which most differ where they are drawn; codes, bases and kernels that were written down repeat theirs.
+ENTRIES, DIFFERENT = 256, 0.75
+
+DRAWN = "Layers are frozen whose weights do not look trained: they are as they were drawn."
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -60,28 +66,45 @@ def _mistake(context: Context) -> str:
     """Why what is frozen looks forgotten; empty where it looks meant.
 
     Meant are parts beside whose every matrix something is trained (adapters, biases), all matrices while prompts,
-    tables or norms are trained, trained layers before those that are trained on, the head and others or most of a
-    network around new parts, and a trained network in another.
+    tables or norms are trained; and, of weights that are not as they were drawn, the layers before those that are
+    trained on, the head and others or most of a network around new parts, and a network in another.
     """
     tables = [b for b in context.matrices if b.role == "embedding" and b.name in context.observed.used]
     used = [b for b in context.matrices if b.role != "embedding" and b.name in context.observed.used]
-    drawn = [b for b in tables if not b.parameter.requires_grad and b.name not in context.trained]
-    if drawn and all(b.parameter.requires_grad for b in used) and all(min(b.shape[-2:]) >= ROWS for b in drawn):
+    large = [b for b in tables if not b.parameter.requires_grad and min(b.shape[-2:]) >= ROWS]
+    if large and all(b.parameter.requires_grad for b in used) and len(_as_drawn(context, large)) == len(large):
         return "Tables are frozen whose rows do not look trained: they are as they were drawn."
     moving = [b for b in used if b.parameter.requires_grad]
     held = [b for b in used if not b.parameter.requires_grad]
     still = [b for b in held if not _has_beside(context, b, moving)]
     if not still or not moving:
         return ""
-    if any(b.role == "head" for b in still):  # with other layers: new parts are trained within a network
-        return "The head is frozen, and what is before it is trained." if len(held) == 1 else ""
-    size = sum(b.parameter.numel() for b in held)
-    is_trained = sum(b.parameter.numel() for b in held if b.name in context.trained) > TRAINED * size
-    if used[: len(still)] == still:  # the layers before the others
-        return "" if is_trained else "Layers are frozen whose weights do not look trained: they are as they were drawn."
-    if size > MOST * sum(b.parameter.numel() for b in used) or (is_trained and _is_part(context, still)):
+    has_head = any(b.role == "head" for b in still)
+    if has_head and len(held) == 1:
+        return "The head is frozen, and what is before it is trained."
+    size, drawn = sum(b.parameter.numel() for b in held), _as_drawn(context, held)
+    is_trained = sum(b.parameter.numel() for b in held if b.name not in drawn) > TRAINED * size
+    if has_head or used[: len(still)] == still:  # new parts within a network, or behind its first layers
+        return "" if is_trained else DRAWN
+    if size > MOST * sum(b.parameter.numel() for b in used):
+        return "" if is_trained else DRAWN
+    if is_trained and _is_part(context, still):
         return ""
     return "Layers before and behind are trained: frozen for an earlier fine-tune, or by mistake."
+
+
+def _as_drawn(context: Context, weights: Sequence[Block]) -> set[str]:
+    """Those of the matrices whose entries are like independent draws."""
+    known = {layer.name: layer.singular_values for layer in context.layers}
+    trained = {sign.name for sign in signs_of(context.model, weights, known)} | context.trained
+    return {b.name for b in weights if b.name not in trained and _differ(b.parameter.detach())}
+
+
+def _differ(w: Tensor) -> bool:
+    """Whether hardly any of the entries repeat, zeros aside, as those of a padding row."""
+    w = w[w != 0]
+    some_of = w[:: max(1, len(w) // ENTRIES)][:ENTRIES]
+    return len(some_of.unique()) > DIFFERENT * len(some_of)
 
 
 def _has_beside(context: Context, block: Block, moving: Sequence[Block]) -> bool:

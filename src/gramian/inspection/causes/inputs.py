@@ -22,6 +22,8 @@ __all__ = ["RULES"]
 OFFSET, SMALL, LARGE, DOMINANT = 5.0, 0.02, 30.0, 0.9
 # A scale beyond these is an error: int16 samples, or a division by 255 done twice.
 TINY, HUGE = 0.005, 1000.0
+# A channel that dominates is so many times as large as the median of the others.
+TIMES = 10.0
 
 # Samples from which on copies are told.
 FEW = 30
@@ -83,6 +85,16 @@ def inputs(context: Context) -> Iterator[Finding]:
             "Features have different units, so that the first layer sees one of them only.",
             STANDARDIZE,
         )
+    elif (found := _dominating_channel(context)) is not None:
+        channel, num, most, deviations = found
+        yield _finding(
+            "input-dominated",
+            "warning",
+            f"One of {num} input channels has {most:.0%} of the variance",
+            f"channel {channel}: standard deviation {deviations[0]:.3g}, median of the others {deviations[1]:.3g}",
+            "Channels have different units, so that the first layer sees one of them only.",
+            STANDARDIZE.replace("feature", "channel"),
+        )
     elif offset > OFFSET:
         yield _finding(
             "input-offset",
@@ -103,6 +115,27 @@ def inputs(context: Context) -> Iterator[Finding]:
             STANDARDIZE,
         )
     yield from _repeated(context, flat)
+
+
+def _dominating_channel(context: Context) -> tuple[int, int, float, tuple[float, float]] | None:
+    """Which of the first layer's features holds nearly all of the variance, over samples and positions alike.
+
+    Returns: its number, how many vary, its share, and its standard deviation with the median of the others.
+    """
+    raw = next((raw for raw in context.observed.raw if _is_main(context, raw.key)), None)
+    if raw is None or raw.values.shape[1] < 2:
+        return None
+    deviations = raw.values.double().std(0, correction=0)
+    top = int(deviations.argmax())
+    others = torch.cat((deviations[:top], deviations[top + 1 :]))
+    others = others[others > 0]
+    if not len(others):
+        return None
+    largest, usual = float(deviations[top]), float(others.median())
+    share = largest**2 / float(deviations.square().sum())
+    if share <= DOMINANT or largest <= TIMES * usual:
+        return None
+    return top, len(others) + 1, share, (largest, usual)
 
 
 def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:

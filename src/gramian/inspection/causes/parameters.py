@@ -45,13 +45,14 @@ def degenerate(context: Context) -> Iterator[Finding]:
     """
     values = list(context.values())
     last = context.opening.last if context.opening is not None else {b.name for b, _ in values if b.role == "head"}
+    blocking = context.probes.blocking
     zero, constant, single = [], [], []
     for block, w in values:
         if not bool(w.isfinite().all()) or w.numel() < 2 or is_factor(block.name):
             continue
         is_matrix = block.name not in context.observed.entries
         if not bool(w.any()):
-            if block.name not in last and context.is_blocked:
+            if block.name not in last and (block.name in blocking if blocking else context.is_blocked):
                 zero.append(block.name)
         elif is_matrix and bool((w == w.flatten()[0]).all()) and len(w) > 1:
             constant.append(block.name)
@@ -66,7 +67,7 @@ def degenerate(context: Context) -> Iterator[Finding]:
             evidence="every entry is zero, and all samples get the same output (exact)",
             cause="The layer was never initialized or never loaded. Layers behind it see a constant; those before it "
             "get no gradient.",
-            action=ISOMETRIC,
+            action=Action("reset", {"names": tuple(zero)}),
         )
     elif shut := _shut(context):
         yield Finding(

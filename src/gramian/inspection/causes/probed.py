@@ -20,6 +20,8 @@ __all__ = ["RULES"]
 # Labels depend on the order of tokens where p, with their positions, is below the second, and without above the first.
 WEAKLY, CLEARLY = 1e-3, 1e-6
 
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+
 
 def cut_inside(context: Context) -> Iterator[Finding]:
     """Find positions of a sequence that the loss depends on, and that no gradient reaches. Exact."""
@@ -152,15 +154,15 @@ def columns(context: Context) -> Iterator[Finding]:
 
 
 def idle(context: Context) -> Iterator[Finding]:
-    """Find a half of an input's positions or columns that changes nothing. Exact on 16 samples."""
+    """Find a half of an input's positions, channels, rows or columns that changes nothing. Exact on 16 samples."""
     found = context.probes.idle
     if found is None or context.probes.columns is not None or context.probes.inverted is not None:
         return
     yield Finding(
         "input-unused",
         "warning",
-        f"Of {found.length} entries of {found.name} along its second dimension, {found.start} to {found.stop - 1} have "
-        "no effect",
+        f"Of {found.length} entries of {found.name} along its {_ORDINALS[found.dim]} dimension, {found.start} to "
+        f"{found.stop - 1} have no effect",
         where="data",
         evidence="with those of other samples, all outputs are the same to the last bit, also where zero parameters "
         "get other values; the others have an effect (exact)",

@@ -29,7 +29,8 @@ SHUFFLES, DEVIATIONS = 20, 6.0
 def ignores_order(asked: Asked) -> bool | None:
     """Whether tokens, vectors of a sequence or patches may change places, padding with them.
 
-    The output then stays as it is, or, where there is one for each position, changes places in the same way.
+    The output then stays as it is, or, where there is one for each position, changes places in the same way. One that
+    does not depend on the inputs at all says nothing of their order.
 
     Args:
         asked: the model, left as it was, and its loss.
@@ -57,8 +58,8 @@ def ignores_order(asked: Asked) -> bool | None:
     if one is None or two is None or len(one) != len(x):
         return None
     if one.ndim == 3 and x.ndim < 4 and one.shape[1] == x.shape[1]:
-        return are_equal(one[:, order], two)
-    return are_equal(one, two) if one.ndim == 2 else None
+        return are_equal(one[:, order], two) and not asked.is_deaf
+    return are_equal(one, two) and not asked.is_deaf if one.ndim == 2 else None
 
 
 def are_in_order(model: nn.Module, batches: Sequence[Any]) -> bool:

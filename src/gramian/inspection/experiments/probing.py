@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gramian.batch import main_input, mapped, num_samples
+from gramian.inspection.experiments.blocking import blocking_zeros
 from gramian.inspection.experiments.choices import Choices, along_choices
 from gramian.inspection.experiments.compared import label_names
 from gramian.inspection.experiments.concave import Concave, is_concave
@@ -81,6 +82,7 @@ TRIED = {
     "made": "of which tensors the loss makes inputs",
     "unheard": "whether each argument has an effect",
     "inverted": "whether a mask hides what is no padding",
+    "blocking": "whether matrices of zeros keep the outputs from the inputs",
 }
 """What a report says of a change that could not be tried."""
 
@@ -137,6 +139,7 @@ class Probes:
         made: tensors of which the loss makes what it gives the model.
         unheard: arguments of the model that change no output.
         inverted: an input that is read at its padding alone, the mask, and how many samples have padding.
+        blocking: matrices of zeros that keep the outputs from depending on the inputs.
     """
 
     unlinked: tuple[str, ...] = ()
@@ -177,6 +180,7 @@ class Probes:
     made: tuple[str, ...] = ()
     unheard: tuple[str, ...] = ()
     inverted: tuple[str, str, int] | None = None
+    blocking: tuple[str, ...] = ()
 
 
 def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[Probes, dict[str, Exception]]:
@@ -247,5 +251,5 @@ _PROBES = (
     against_labels, silent_columns, silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding,
     along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope,
     log_determinant, at_labels, of_two_values, one_way, is_concave, shortcut, beyond_range, ignored_classes, recut,
-    constant_loss, rows_together, made_into_inputs, unheard_arguments, inverted_mask,
+    constant_loss, rows_together, made_into_inputs, unheard_arguments, inverted_mask, blocking_zeros,
 )  # fmt: skip

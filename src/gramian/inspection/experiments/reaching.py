@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from gramian.batch import main_input, mapped
 from gramian.inspection.experiments.replaying import Asked, are_equal, loss_of, outputs_of
+from gramian.recording.hooks import hooks
 from gramian.recording.keeping import seed_torch
 
-__all__ = ["cut", "unlinked"]
+__all__ = ["cut", "gradient_by", "unlinked"]
 
 # Parameters that are tried one by one, and positions of a sequence from which on it is looked at.
 MOST, LONG = 32, 4
@@ -64,11 +65,41 @@ def cut(asked: Asked) -> tuple[int, int, str] | None:
     Cost: a pass forward and backward, and two forward, where the graph was cut.
     Source: this library's own.
     """
-    model, seen, objective = asked.model, asked.seen, asked.objective
-    batch = seen.batches[0]
+    seen, batch = asked.seen, asked.seen.batches[0]
     x = main_input(batch)
     if not seen.cuts or x.ndim not in (2, 3) or x.shape[1] < LONG or len(x) < 2 or not seen.needs_gradient:
         return None
+    found = gradient_by(asked, batch, x)
+    if found is None:
+        return None
+    name, gradient = found
+    silent = ~gradient.ne(0).transpose(0, 1).flatten(1).any(1)
+    num = int(silent.sum())
+    if not x.shape[1] // 2 <= num < x.shape[1]:
+        return None
+    other = x.clone()
+    other[:, silent] = x.roll(1, 0)[:, silent]
+    with torch.no_grad():
+        one, two = (outputs_of(asked, b) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
+    if one is None or two is None or are_equal(one, two):
+        return None
+    return num, x.shape[1], name
+
+
+def gradient_by(asked: Asked, batch: Any, x: Tensor, scale: float = 1.0) -> tuple[str, Tensor] | None:
+    """The gradient of the loss by an input, or, of codes, by the first vectors that a module makes of each.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+        batch: of which the loss is.
+        x: a tensor of it.
+        scale: of the loss.
+
+    Returns: the name of the module, empty for the input itself, and the gradient; `None` where there is none.
+    Raises: what the model raises.
+    Cost: a pass forward and backward.
+    Source: this library's own.
+    """
     first: list[tuple[str, Tensor]] = []
 
     def hook(name: str) -> Callable:
@@ -83,27 +114,11 @@ def cut(asked: Asked) -> tuple[int, int, str] | None:
     if x.is_floating_point():
         given = x.detach().clone().requires_grad_()
         first.append(("", given))
-    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules()]
-    try:
+    with hooks([m.register_forward_hook(hook(n)) for n, m in asked.model.named_modules()]), torch.enable_grad():
         seed_torch(0)
-        total, _ = objective.loss(model, mapped(batch, lambda t: given if t is x else t))
-    finally:
-        for handle in handles:
-            handle.remove()
+        total, _ = asked.objective.loss(asked.model, mapped(batch, lambda t: given if t is x else t))
     if not first or not total.requires_grad:
         return None
     name, values = first[0]
-    (gradient,) = torch.autograd.grad(total, values, allow_unused=True)
-    if gradient is None:
-        return None
-    silent = ~gradient.ne(0).transpose(0, 1).flatten(1).any(1)
-    num = int(silent.sum())
-    if not x.shape[1] // 2 <= num < x.shape[1]:
-        return None
-    other = x.clone()
-    other[:, silent] = x.roll(1, 0)[:, silent]
-    with torch.no_grad():
-        one, two = (outputs_of(asked, b) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
-    if one is None or two is None or are_equal(one, two):
-        return None
-    return num, x.shape[1], name
+    (gradient,) = torch.autograd.grad(total * scale, values, allow_unused=True)
+    return None if gradient is None else (name, gradient)

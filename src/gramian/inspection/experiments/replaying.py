@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import first_samples, mapped, num_samples, tensors
+from gramian.batch import first_samples, main_input, mapped, num_samples, tensors
 from gramian.inspection.experiments.terms import Term, Terms, scalar_terms
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
@@ -52,6 +52,20 @@ class Asked:
         except Exception:
             self.model.eval()  # whatever the loss has set
             return Replay(self.model, whole, self.objective)
+
+    @cached_property
+    def is_deaf(self) -> bool:
+        """Whether no output changes by a bit when all samples are given those of their neighbors."""
+        return self.ignores_inputs()
+
+    def ignores_inputs(self) -> bool:
+        """The same, of the model as it is now."""
+        x = main_input(self.batch)
+        moved = mapped(self.batch, lambda t: t.roll(1, 0) if t.ndim and len(t) == len(x) else t)
+        if len(x) < 2 or bool((x.roll(1, 0) == x).all()) or not self.replay.is_known:
+            return False
+        runs = [Replay(self.model, batch, self.objective).outputs for batch in (self.batch, moved)]
+        return bool(runs[0]) and len(runs[0]) == len(runs[1]) and all(map(torch.equal, *runs))
 
     def of_part(self, rows: slice) -> Callable[[], Tensor]:
         """Computes the loss of some of the samples; tensors of other lengths stay as they are.

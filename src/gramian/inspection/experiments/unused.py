@@ -1,4 +1,4 @@
-"""Inputs that have no effect: whole ones, and half of the positions of a sequence or of the columns of a table."""
+"""Inputs that have no effect: whole ones, and half of the positions, channels, rows or columns."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gramian.batch import first_samples, mapped
+from gramian.inspection.experiments.reaching import gradient_by
 from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
 from gramian.inspection.experiments.unzeroed import unzeroed
 from gramian.inspection.passes.given import Given, given_of, key, taken_of
@@ -22,6 +23,8 @@ ENOUGH = 8
 COLUMNS = 8
 # Samples that must differ from their neighbors in a half of an input.
 FEW = 4
+# Share of the largest slope below which a gradient fades along a dimension, and does not end.
+FADED = 1e-12
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,20 @@ class Unused:
 
 @dataclass(frozen=True)
 class Idle:
-    """A half of an input's second dimension that has no effect.
+    """A half of an input, along one of its dimensions, that has no effect.
 
     Attributes:
         name: of the input, as Python reads it off a batch.
-        start, stop: which of its entries along the second dimension.
+        start, stop: which of its entries along the dimension.
         length: how many there are.
+        dim: which dimension; the samples are along the first, 0.
     """
 
     name: str
     start: int
     stop: int
     length: int
+    dim: int = 1
 
 
 def without_effect(asked: Asked) -> Unused | None:
@@ -107,17 +112,19 @@ def without_effect(asked: Asked) -> Unused | None:
 
 
 def idle_half(asked: Asked) -> Idle | None:
-    """The half of an input's second dimension that the samples can exchange, and no output changes by a bit.
+    """The half of an input, along any of its dimensions, that the samples can exchange, and no output changes by a bit.
 
     The other half must have an effect, so that not all is hidden by what comes behind; and so it must be with other
-    values in place of the parameters that are zero.
+    values in place of the parameters that are zero. None is exchanged where the loss has a gradient in both halves, or
+    one that fades from the one to the other.
 
     Args:
         asked: the model, left as it was, and its loss.
 
     Returns: an `Idle` for the first such input, or `None`.
     Raises: what the model raises.
-    Cost: two forward passes of 16 samples for each input, and two more where a half has no effect.
+    Cost: a pass forward and backward of 16 samples for each input of numbers; for each dimension along which a half has
+        no gradient two forward passes, and two more where that half has no effect.
     Source: this library's own.
     """
     fed = {one.name for one in taken_of(asked.seen.batches[0], asked.seen.fed)}
@@ -125,27 +132,57 @@ def idle_half(asked: Asked) -> Idle | None:
         return None
     for given in given_of([asked.batch], set(), set()):
         x = given.values[0]
-        if given.name not in fed or x.ndim < 2 or x.shape[1] < 2 or len(x) < 2:
+        if given.name not in fed or len(x) < 2:
             continue
-        half = x.shape[1] // 2
-        found = [span for span in ((0, half), (half, x.shape[1])) if _is_idle(asked, asked.replay, x, *span)]
-        if len(found) != 1:
-            continue
-        with unzeroed(asked.model) as are_others:
-            if are_others and not _is_idle(asked, Replay(asked.model, asked.batch, asked.objective), x, *found[0]):
+        slopes = _slopes(asked, x)
+        for dim in range(1, x.ndim):
+            half, length = x.shape[dim] // 2, x.shape[dim]
+            spans = [(0, half), (half, length)]
+            if half == 0 or (slopes is not None and dim < slopes.ndim and _reaches(slopes, dim, spans)):
                 continue
-        return Idle(given.name, *found[0], x.shape[1])
+            found = [span for span in spans if _is_idle(asked, asked.replay, x, dim, *span)]
+            if len(found) != 1:
+                continue
+            with unzeroed(asked.model) as are_others:
+                if are_others and not _is_idle(
+                    asked, Replay(asked.model, asked.batch, asked.objective), x, dim, *found[0]
+                ):
+                    continue
+            return Idle(given.name, *found[0], length, dim)
     return None
 
 
-def _is_idle(asked: Asked, before: Replay, x: Tensor, start: int, stop: int) -> bool:
+def _slopes(asked: Asked, x: Tensor) -> Tensor | None:
+    """The sizes of the loss's gradient by an input, or by what is first made of it; scaled up, not to underflow."""
+    scale = torch.finfo(x.dtype if x.is_floating_point() else torch.float32).max ** 0.5
+    try:
+        found = gradient_by(asked, asked.batch, x, scale)
+    except RuntimeError:  # a loss without a graph, or that writes into what it is given
+        return None
+    return None if found is None else found[1].abs()
+
+
+def _reaches(slopes: Tensor, dim: int, spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether there is a gradient in both halves, or one that fades along the dimension, as a recurrence forgets."""
+    sizes = slopes.nan_to_num(torch.inf).transpose(0, dim).flatten(1).amax(1)
+    some_of = sizes[sizes > 0]
+    if len(some_of) and float(some_of.min()) < FADED * float(some_of.max()):
+        return True
+    return all(bool(sizes[start:stop].any()) for start, stop in spans)
+
+
+def _part(x: Tensor, dim: int, start: int, stop: int) -> Tensor:
+    return x.narrow(dim, start, stop - start)
+
+
+def _is_idle(asked: Asked, before: Replay, x: Tensor, dim: int, start: int, stop: int) -> bool:
     """Whether samples can get these entries from their neighbors without any effect, where enough differ.
 
     Zeros may be what fills up, which has none.
     """
     other = x.clone()
-    other[:, start:stop] = x.roll(1, 0)[:, start:stop]
-    differ = (other != x).flatten(1).any(1) & x[:, start:stop].flatten(1).any(1)
+    _part(other, dim, start, stop).copy_(_part(x.roll(1, 0), dim, start, stop))
+    differ = (other != x).flatten(1).any(1) & _part(x, dim, start, stop).flatten(1).any(1)
     if int(differ.sum()) < FEW:
         return False
     changed = mapped(asked.batch, lambda t: other if t is x else t)

@@ -16,7 +16,9 @@ from gramian.recording.tracking import tensors_of
 __all__ = ["RawData"]
 
 # Products with weights; the features are in the last dimension of what they take, or, of convolutions, in the second.
-_PRODUCTS = frozenset(("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "einsum", "bilinear"))
+_PRODUCTS = frozenset((
+    "linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "einsum", "bilinear", "lstm", "gru", "rnn_tanh", "rnn_relu",
+))  # fmt: skip
 _JOINS = frozenset(("cat", "concat", "concatenate", "hstack"))
 # Rows of a layer's data that are kept, and layers.
 MOST_ROWS, MOST_LAYERS = 65_536, 32

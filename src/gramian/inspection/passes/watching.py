@@ -213,6 +213,8 @@ class Watcher(Follower):
             self._use((*args, *kwargs.values()))
             return func(*args, **kwargs)
         if func in UNFUSED and not self.live:
+            with torch._C.DisableTorchFunction():  # the data as they are given, and not as steps
+                self.raw.follow(self.seen, self.place, func, args, list(tensors_of((*args, *kwargs.values()))), None)
             few = None if self.careful else first_steps(func, args, kwargs, MOST_STEPS)
             if few is None:
                 return self._unfused(func, *args, **kwargs)
