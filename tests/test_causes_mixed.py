@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import gramian as gm
 from gramian.inspection.causes import ordered
+from gramian.inspection.passes.padding import padding_of
 from gramian.report import Action, Finding
 
 B, T, D, VOCABULARY = 12, 9, 8, 15
@@ -230,10 +231,10 @@ def test_numbers_for_each_position_of_sequences_whose_positions_come_first(targe
     assert not mixed(Forecast(), (draw(T, B, D), draw(T, B, *targets)), predict)
 
 
-@pytest.mark.parametrize("given", ["attribute", "buffer", "batch"])
+@pytest.mark.parametrize("given", ["attribute", "buffer", "batch", "code"])
 @pytest.mark.parametrize("targets", [(), (3,)])
 def test_rows_that_are_nodes_of_a_graph(given, targets) -> None:
-    adjacency = torch.eye(B) + torch.eye(B).roll(1, 0)
+    known = adjacency = torch.eye(B) + torch.eye(B).roll(1, 0)
 
     class Graph(nn.Module):
         def __init__(self) -> None:
@@ -241,11 +242,11 @@ def test_rows_that_are_nodes_of_a_graph(given, targets) -> None:
             self.first, self.last = nn.Linear(D, 16), nn.Linear(16, 3)
             if given == "buffer":
                 self.register_buffer("adjacency", adjacency)
-            else:
+            elif given != "code":
                 self.adjacency = adjacency
 
         def forward(self, x: Tensor, adjacency: Tensor | None = None) -> Tensor:
-            a = self.adjacency if adjacency is None else adjacency
+            a = getattr(self, "adjacency", known) if adjacency is None else adjacency
             return self.last(a @ self.first(a @ x).relu())
 
     def loss(model: nn.Module, batch) -> Tensor:
@@ -266,3 +267,24 @@ def test_as_many_features_as_samples(mixes) -> None:
 def test_batch_statistics_in_training_are_meant(targets) -> None:
     net = nn.Sequential(nn.Linear(D, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, targets[0] if targets else 3))
     assert not mixed(net, (draw(B, D), draw(B, *targets) if targets else torch.arange(B) % 3), predict)
+
+
+def test_a_batch_of_all_data_comes_again_and_again() -> None:
+    batch = (draw(40, D), torch.arange(40) % 3)
+    model = nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, 3))
+    for batches, is_told in (([batch] * 4, False), ([tuple(t.clone() for t in batch) for _ in range(4)], True)):
+        codes = {f.code for f in gm.inspect(model, batches, predict_class).findings}
+        assert ("input-duplicates" in codes) == is_told
+
+
+def predict_class(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_a_mask_of_choices_has_no_padding_of_its_own() -> None:
+    """Ones fill the beginnings of all rows, as a token that pads in front would."""
+    valid = torch.ones(64, 7, dtype=torch.bool)
+    valid[::2, -1] = False
+    model = nn.Embedding(3, 4)
+    assert padding_of(model, {"x": valid}, valid, is_main=False) is None
+    assert padding_of(model, {"x": valid.long()}, valid.long(), is_main=False) is None

@@ -140,7 +140,8 @@ def _dominating_channel(context: Context) -> tuple[int, int, float, tuple[float,
 
 def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
     """Find inputs that are all the same, or mostly copies. Exact."""
-    flat = _joined(context, x)
+    flat, new = _joined(context, x), _of_other_batches(context)
+    flat = flat[new] if len(new) == len(flat) else flat
     copies = len(flat) - len(torch.unique(flat, dim=0))
     if copies and copies == len(flat) - 1:
         yield _finding(
@@ -174,6 +175,18 @@ def _num_codes(flat: Tensor) -> float:
     if bool(((flat == 0) | (flat == 1)).all()) and bool((marked == marked[0]).all()) and marked[0] > 0:
         return (flat.shape[1] / float(marked[0])) ** float(marked[0])
     return math.exp(min(700.0, sum(math.log(len(column.unique())) for column in flat.T)))
+
+
+def _of_other_batches(context: Context) -> Tensor:
+    """Which rows of all batches are of one that was not there before: training on all data gives one batch always."""
+    seen: set[tuple[int, int]] = set()
+    new: list[Tensor] = []
+    for batch in context.observed.batches:
+        x = main_input(batch)
+        place = (x.data_ptr(), len(x))
+        new.append(torch.full((len(x),), place not in seen))
+        seen.add(place)
+    return torch.cat(new)
 
 
 STANDARDIZE = "Standardize: subtract each feature's mean over the training data and divide by its standard deviation."

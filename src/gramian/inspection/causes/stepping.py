@@ -202,7 +202,8 @@ def _by_group(context: Context, changes: dict[str, float]) -> list[_Group]:
         if of:
             words = f" of group {i} ({of[0]}{', …' if len(of) > 1 else ''})" if len(names) > 1 else ""
             values = [changes[n] if math.isfinite(changes[n]) else math.inf for n in of]
-            found.append(_Group(group, of, median(values), words))
+            moved = [v for v in values if v > 0]  # others got no gradient, as experts that are not chosen
+            found.append(_Group(group, of, median(moved or values), words))
     return found
 
 

@@ -85,7 +85,9 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective, fed: Collection
         try:
             found = _mixture(model, batch, objective, min(rows - 1, ENOUGH), fed)
         except Exception:  # the model's batches have one size: that of a graph, or one that it was written for
-            found = None if _holds_pairs(model, batch, rows) else _mixture(model, batch, objective, rows, fed)
+            found = (
+                None if _holds_pairs(model, batch, objective, rows) else _mixture(model, batch, objective, rows, fed)
+            )
     return Evaluated(loss) if found is None else Evaluated(loss, *found)
 
 
@@ -192,11 +194,35 @@ def _separate_rows(model: nn.Module, batch: Any) -> int:
     return 0 if any(m.running_mean is None for m in norms) else rows
 
 
-def _holds_pairs(model: nn.Module, batch: Any, rows: int) -> bool:
-    """Whether the batch or the model has a matrix of all pairs of rows, as the adjacency of a graph's nodes."""
+def _holds_pairs(model: nn.Module, batch: Any, objective: Objective, rows: int) -> bool:
+    """Whether batch, model or its code has a matrix of all pairs of rows, as the adjacency of a graph's nodes."""
     held = (t for m in model.modules() for t in (*m.buffers(recurse=False), *vars(m).values()))
     given = (*tensors(parts(batch).inputs), *(t for t in held if isinstance(t, Tensor)))
-    return any(t.shape == (rows, rows) for t in given)
+    if any(t.shape == (rows, rows) for t in given):
+        return True
+    with _Constants(model, rows).installed() as constants:
+        objective.loss(model, batch)
+    return constants.found
+
+
+class _Constants(Follower):
+    """Looks for a matrix of all pairs of rows that a product takes, and no operation of this pass has made."""
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        super().__init__(model)
+        self.rows, self.found = rows, False
+        self.made: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS and args and isinstance(args[0], Tensor) and args[0].shape == (self.rows, self.rows):
+            self.found |= not any(args[0] is t for t in self.made)
+        if isinstance(output, Tensor) and output.shape == (self.rows, self.rows):
+            self.made.append(output)
+        return output
+
+
+_PRODUCTS = (torch.matmul, torch.mm, torch.sparse.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
 
 
 def _are_labeled(model: nn.Module, batch: Any, objective: Objective, rows: int) -> bool:

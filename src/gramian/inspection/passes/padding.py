@@ -41,7 +41,7 @@ def padding_of(model: nn.Module, batch: Any, x: Tensor, *, is_main: bool = True)
         mask = token_mask(batch) if is_main else None
     if mask is not None and len(mask) == len(x):
         return ~mask.to(x.device)
-    return _ends(x) if x.ndim == 2 and not x.is_floating_point() else None
+    return _ends(x) if x.ndim == 2 and not x.is_floating_point() and len(x.unique()) > 2 else None  # no mask itself
 
 
 def _ends(x: Tensor) -> Tensor | None:
