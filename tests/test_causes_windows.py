@@ -71,7 +71,7 @@ def inspected(model: nn.Module, x: Tensor | None = None, y: Tensor | None = None
     return gm.inspect(model, list(zip(x.split(64), y.split(64), strict=True)), CLASSIFY)
 
 
-def tested(x: Tensor, y: Tensor) -> Dependence:
+def asked_of(x: Tensor, y: Tensor) -> Dependence:
     test = labels_depend([[x]], [y])
     assert test is not None
     return test
@@ -211,8 +211,8 @@ def test_shuffled_labels_are_told_where_all_but_a_few_directions_is_noise() -> N
         x, y = windows(num)
         noise = torch.randn(num, 8, LENGTH, generator=torch.Generator().manual_seed(2))
         x, order = torch.cat((x, noise), 1), torch.randperm(num, generator=torch.Generator().manual_seed(3))
-        assert tested(x, y).p_value < 1e-6
-        test = tested(x, y[order])
+        assert asked_of(x, y).p_value < 1e-6
+        test = asked_of(x, y[order])
         assert test.p_value > test.level
         assert test.are_independent == (num > 1000)
         assert ("leading directions" in test.evidence) == (num > 1000)
@@ -225,7 +225,7 @@ def test_labels_by_a_detail_beside_the_leading_directions_may_be_missed() -> Non
     x += 0.1 * torch.randn(x.shape, generator=g)
     for image, row, column in zip(x[y == 1], *torch.randint(20, (2, 1024), generator=g).tolist(), strict=False):
         image[0, row : row + 3, column : column + 3] += 1.5
-    assert not tested(x, y).are_independent
+    assert not asked_of(x, y).are_independent
 
 
 def test_the_only_remark_stands_in_the_verdict_and_what_it_is_about_was_looked_at() -> None:
