@@ -66,7 +66,8 @@ clean:
 
 # torch first and by itself: its pinned version has a small CPU build where an open range takes gigabytes.
 $(VENV)/.torch: constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV), once: torch is some 200 MB; a minute or two"
+	@$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	@touch $@
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from gramian.bench.machine import features
 from gramian.compression.sharded.streaming import compress_shards
 
 
-def make(folder: Path, given: argparse.Namespace) -> int:
-    """Writes the model, a file for each block, and returns its bytes."""
+def make(folder: Path, given: argparse.Namespace) -> None:
+    """Writes the model, a file for each block."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -53,21 +54,19 @@ def make(folder: Path, given: argparse.Namespace) -> int:
         begin = int(torch.randint(len(drawn), (), generator=generator))
         return (drawn.roll(begin).repeat(num)[: m * n].view(m, n) * scale).bfloat16()
 
-    def write(file: str, tensors: dict[str, torch.Tensor]) -> int:
+    def write(file: str, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places.update(dict.fromkeys(tensors, file))
-        return sum(2 * t.numel() for t in tensors.values())
 
     head = {"model.embed_tokens.weight": weight(given.vocabulary, d), "lm_head.weight": weight(given.vocabulary, d)}
-    total = write("outside.safetensors", {**head, "model.norm.weight": torch.ones(d).bfloat16()})
+    write("outside.safetensors", {**head, "model.norm.weight": torch.ones(d).bfloat16()})
     for i in range(given.layers):
         tensors = {f"self_attn.{name}_proj": weight(d, d) for name in "qkvo"}
         tensors |= {"mlp.gate_proj": weight(inner, d), "mlp.up_proj": weight(inner, d)}
         tensors |= {"mlp.down_proj": weight(d, inner)}
         tensors |= {name: torch.ones(d).bfloat16() for name in ("input_layernorm", "post_attention_layernorm")}
-        total += write(f"block-{i}.safetensors", {f"model.layers.{i}.{k}.weight": t for k, t in tensors.items()})
+        write(f"block-{i}.safetensors", {f"model.layers.{i}.{k}.weight": t for k, t in tensors.items()})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return total
 
 
 def peak() -> float:
@@ -83,11 +82,15 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--include", nargs="*", default=None)
     parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--make", action="store_true", help="Write the model, and stop.")
     given = parser.parse_args()
+    if given.make:
+        make(given.folder, given)
+        return
     out = given.folder.with_name(f"{given.folder.name}-compressed")
     try:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose memory is not this process's
-            size = pool.apply(make, (given.folder, given))
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make"], check=True)  # its memory is not this one's
+        size = sum(file.stat().st_size for file in given.folder.glob("*.safetensors"))
         about = features()
         print(f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; weights {size / 1e9:.2f} GB")
         generator = torch.Generator().manual_seed(1)

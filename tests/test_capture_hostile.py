@@ -123,7 +123,7 @@ def test_batches_that_are_spent(run: Callable) -> None:
         with pytest.raises(InputError, match=r"no batches.*spent generator"):
             run(model(), spent, CLASSIFY)
     else:
-        with pytest.warns(GramianWarning, match="no loss of the objective was differentiated inside"):
+        with pytest.warns(GramianWarning, match="was differentiated inside"):
             stats = run(model(), spent, CLASSIFY)
         assert stats["0.weight"].A is stats["0.weight"].G is None
         assert "no batch reached it" in stats["0.weight"].reason

@@ -303,7 +303,7 @@ def test_the_seed_is_of_the_model_too() -> None:
 
 
 def test_unknown_words_are_refused() -> None:
-    with pytest.raises(InputError, match="unknown optimizer 'adagrad'; wanted auto, muon, soap"):
+    with pytest.raises(InputError, match="unknown optimizer 'adagrad'; wanted auto, muon, balanced, soap"):
         gm.train(task(), optimizer="adagrad", steps=1)
     with pytest.raises(InputError, match="init must be one of default, isometric, auto; got 'zeros'"):
         gm.train(task(), init="zeros", steps=1)

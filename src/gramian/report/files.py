@@ -93,13 +93,14 @@ def check_folder(path: str | os.PathLike[str], advice: str = "Choose another fol
     """
     folder = Path(path)
     try:
-        there, around = folder.exists(), folder.parent
-        if there and not folder.is_dir():
-            raise InputError(f"cannot write to {folder}: it is a file. {advice}")
-        if not there and not around.is_dir():
-            raise InputError(f"cannot write to {folder}: the folder {around} does not exist. Create it first.")
+        there, is_folder, around = folder.exists(), folder.is_dir(), folder.parent
+        is_inside = around.is_dir()
     except (OSError, ValueError) as error:  # a name too long, or with a null byte
         raise InputError(f"cannot write to {os.fspath(path)}: {_reason(error)}. {advice}") from None
+    if there and not is_folder:
+        raise InputError(f"cannot write to {folder}: it is a file. {advice}")
+    if not there and not is_inside:
+        raise InputError(f"cannot write to {folder}: the folder {around} does not exist. Create it first.")
     _try_to_write(folder if there else around, path, advice)
 
 

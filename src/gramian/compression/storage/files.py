@@ -54,12 +54,11 @@ def save_compressed(model: nn.Module | Plan, path: str | Path) -> None:
     >>> load_compressed(dense, path)[0].rank
     2
     """
-    path = as_path(path, "save_compressed")
     write = getattr(model, "write", None)
-    if write is not None and not isinstance(model, nn.Module):
-        write(path)
+    if write is not None and not isinstance(model, nn.Module):  # a plan of a folder, whose model is not in memory
+        write(as_path(path, "save_compressed"))
         return
-    model = unwrapped(as_model(model, "save_compressed"))
+    model, path = unwrapped(as_model(model, "save_compressed")), as_path(path, "save_compressed")
     support = pretrained_support()
     if support is not None and support.is_pretrained(model) and path.suffix != ".safetensors":
         support.save_folder(model, path)
