@@ -1,7 +1,7 @@
 """A model in shards that is larger than the memory it may have: what compressing it takes, by part.
 
-    python benchmarks/shards.py --folder /tmp/seven --layers 2 --memory 6GB
-    python benchmarks/shards.py --folder /tmp/small --layers 24 --width 1024 --inner 2752 --heads 16 --memory 1.2GB
+    python benchmarks/shards.py --folder seven --layers 2 --memory 6GB
+    python benchmarks/shards.py --folder small --layers 24 --width 1024 --inner 2752 --heads 16 --memory 1.2GB
 
 By default the widths are those of a Llama of seven billion parameters, in bfloat16; the weights are random. The folder
 is made shard by shard, and deleted at the end. Times are CPU time of this process. The memory is the most that the

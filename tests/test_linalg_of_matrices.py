@@ -249,3 +249,12 @@ def test_the_value_form_names_the_function():
         gl.logm(-torch.eye(2))
     with pytest.raises(ConvergenceError, match=r"sqrtm.*negative real axis"):
         gl.sqrtm(-torch.eye(2), symmetric=False)
+
+
+def test_a_large_matrix_with_many_pairs_of_eigenvalues_is_found_by_eigenvectors() -> None:
+    """Whose imaginary parts add up to zero only but for rounding."""
+    for seed in range(4):
+        m = random.normal(1, 100, 100, generator=seeded(seed), dtype=torch.float64)
+        value, proof = gl.sign_ex(m, method="eigenvectors")
+        assert proof.converged.all()
+        assert (value @ value - torch.eye(100)).norm() < 1e-6 * value.norm()
