@@ -194,6 +194,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         causes = [*causes, padded]
     if finding.code in _MISPLACED:
         return next((f for f in serious if f.code == "axes-swapped"), None)
+    if finding.code == "order-ignored":  # a recurrence that runs over the samples does not run over the tokens
+        return next((f for f in serious if f.code == "samples-mixed"), None)
     if finding.code not in _MIXED:
         causes = [c for c in causes if c.code != "samples-mixed"]
     if finding.code in _GROWING:
