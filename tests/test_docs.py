@@ -1,4 +1,4 @@
-"""The code of the start page and the how-to guides runs, and prints what the pages show.
+"""The code of the start page, the how-to guides and the first examples of reference pages runs, and prints what they show.
 
 Of a page, in order: a `python` block is run in the page's namespace, one that begins with `# file: NAME` is written to
 the page's folder, and the lines of a `console` block that begin with `$ gramian` are run as commands. A `text` block
@@ -33,6 +33,8 @@ from gramian.optim.registry import table as directions_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [DOCS / "start.md", *sorted((DOCS / "howto").glob("*.md"))]
+REFERENCE = [DOCS / f"{name}.md" for name in ("inspect",)]
+"""Pages of which the code before the first heading is run: what follows it has names of the reader's."""
 BLOCK = re.compile(
     r"(<!-- (?P<mark>not run|numbers vary): (?P<why>[^\n]*?) -->\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$",
     re.M | re.S,
@@ -69,13 +71,19 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
+def code_of(page: Path) -> str:
+    """The part of a page whose code is run."""
+    text = page.read_text(encoding="utf-8")
+    return text.partition("\n## ")[0] if page in REFERENCE else text
+
+
 def run(page: Path, folder: Path) -> list[tuple[Block, str]]:
     """The blocks of a page with output, each with what was printed. Runs in `folder`."""
     names: dict[str, Any] = {"__name__": page.stem}
     shown, printed = [], ""
     torch.manual_seed(0)
     with contextlib.chdir(folder):
-        for block in blocks(page.read_text(encoding="utf-8")):
+        for block in blocks(code_of(page)):
             if block.language == "text" and block.follows and not block.why:
                 shown.append((block, printed))
             elif block.why or block.language not in ("python", "console"):
@@ -83,7 +91,7 @@ def run(page: Path, folder: Path) -> list[tuple[Block, str]]:
             elif named := FILE.match(block.body):
                 Path(named[1]).write_text(block.body[named.end() :], encoding="utf-8")
             elif block.language == "python":
-                line = page.read_text(encoding="utf-8").count("\n", 0, block.start)
+                line = code_of(page).count("\n", 0, block.start)
                 with contextlib.redirect_stdout(io.StringIO()) as out:
                     exec(compile("\n" * line + block.body, str(page), "exec"), names)
                 printed = plain(out.getvalue())
@@ -150,7 +158,7 @@ def width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", WIDTH)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *REFERENCE], ids=lambda page: page.stem)
 def test_a_page_runs_and_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
     for block, printed in run(page, tmp_path):
         assert fits(block.body, printed, numbers=not block.vary), (
@@ -243,7 +251,7 @@ def write() -> None:
     """Run the pages and paste what they print."""
     os.environ["COLUMNS"] = WIDTH
     warnings.simplefilter("error", GramianWarning)
-    wanted = [page for page in PAGES if not sys.argv[2:] or page.stem in sys.argv[2:]]
+    wanted = [page for page in [*PAGES, *REFERENCE] if not sys.argv[2:] or page.stem in sys.argv[2:]]
     for page in wanted:
         with tempfile.TemporaryDirectory() as folder:
             found = run(page, Path(folder))
