@@ -52,7 +52,7 @@ def num_in_sequence(weights: Iterable[tuple[str, Layout]]) -> int:
     experts of a layer count once, since a token gets a weighted mean of their outputs, in which their changes do not
     add up. (By the same argument the groups of a convolution would; nothing was measured there, and they count each.)
     The matrices that make the coefficients of a Mamba's recurrence do not count beside others: the unit passes by them,
-    through the kernel, D and the gate, and a step of theirs changes the outputs a hundredth as much (docs/optim.md).
+    through the kernel, D and the gate, and a step of theirs changes the outputs a hundredth as much (docs/measured/optim.md).
 
     Args:
         weights: name and layout of each. Experts that are modules of their own are told by the name `experts.N.`.
