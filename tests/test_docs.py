@@ -33,7 +33,7 @@ from gramian.optim.registry import table as directions_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [DOCS / "start.md", *sorted((DOCS / "howto").glob("*.md"))]
-REFERENCE = [DOCS / f"{name}.md" for name in ("inspect", "optim", "linalg")]
+REFERENCE = [DOCS / f"{name}.md" for name in ("inspect", "optim", "linalg", "compress")]
 """Pages of which the code before the first heading is run: what follows it has names of the reader's."""
 BLOCK = re.compile(
     r"(<!-- (?P<mark>not run|numbers vary): (?P<why>[^\n]*?) -->\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$",
@@ -168,20 +168,20 @@ def test_a_page_runs_and_prints_what_it_shows(page: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("mark", "most"), [("why", 20), ("vary", 10)])
 def test_a_block_that_is_not_run_or_compared_says_why(mark: str, most: int) -> None:
-    found = [getattr(block, mark) for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))]
+    found = [getattr(block, mark) for page in [*PAGES, *REFERENCE] for block in blocks(code_of(page))]
     told = [reason for reason in found if reason]
     assert len(told) <= most
     assert all(len(reason.split()) >= 3 for reason in told)
 
 
 def test_languages_of_blocks() -> None:
-    unknown = {block.language for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))}
+    unknown = {block.language for page in [*PAGES, *REFERENCE] for block in blocks(code_of(page))}
     assert unknown <= {"python", "console", "text", "toctree"}
 
 
 def test_commands_that_no_test_runs_are_marked() -> None:
-    for page in PAGES:
-        for block in blocks(page.read_text(encoding="utf-8")):
+    for page in [*PAGES, *REFERENCE]:
+        for block in blocks(code_of(page)):
             if block.language == "console" and not block.why:
                 assert re.findall(r"^\$ (?!gramian )", block.body, re.M) == [], f"{page.name}: {block.body}"
 
