@@ -1,4 +1,4 @@
-"""The code of the start page, the how-to guides and the first examples of reference pages runs, and prints what they show.
+"""The code of the start page, the how-to guides and the first examples of the reference runs, and prints what they show.
 
 Of a page, in order: a `python` block is run in the page's namespace, one that begins with `# file: NAME` is written to
 the page's folder, and the lines of a `console` block that begin with `$ gramian` are run as commands. A `text` block
