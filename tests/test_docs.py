@@ -1,4 +1,4 @@
-"""The code of the start page, the how-to guides and the first examples of the reference runs, and prints what they show.
+"""The code of the start page, the guides and the first example of each reference page runs, and prints what they show.
 
 Of a page, in order: a `python` block is run in the page's namespace, one that begins with `# file: NAME` is written to
 the page's folder, and the lines of a `console` block that begin with `$ gramian` are run as commands. A `text` block
@@ -33,7 +33,7 @@ from gramian.optim.registry import table as directions_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [DOCS / "start.md", *sorted((DOCS / "howto").glob("*.md"))]
-REFERENCE = [DOCS / f"{name}.md" for name in ("inspect", "optim", "linalg", "compress", "train")]
+REFERENCE = [DOCS / f"{name}.md" for name in ("inspect", "watch", "init", "optim", "linalg", "compress", "train")]
 """Pages of which the code before the first heading is run: what follows it has names of the reader's."""
 BLOCK = re.compile(
     r"(<!-- (?P<mark>not run|numbers vary): (?P<why>[^\n]*?) -->\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$",

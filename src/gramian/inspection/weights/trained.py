@@ -54,7 +54,7 @@ def signs_of_training(model: nn.Module) -> list[Sign]:
     rows or columns that differ in size, or whose means are not zero, by more than chance. A fresh norm has a constant
     weight or a constant bias.
 
-    Measured rates of error are in docs/init.md. What it misses are models after a few dozen steps, in which little
+    Measured rates of error are in docs/measured/init.md. What it misses are models after a few dozen steps, in which little
     would be lost.
 
     Args:
