@@ -236,7 +236,9 @@ def test_pages_read_in_a_checkout_have_no_dead_link_and_nothing_to_fill_in() -> 
     folders = {parent for file in files for parent in file.parents}
     dead = []
     for page in (file for file in sorted(files) if file.suffix == ".md" and file.exists()):
-        text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        text = page.read_text(encoding="utf-8")
+        assert len(re.findall(r"^```", text, re.M)) % 2 == 0, f"{page}: a block is not closed"
+        text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.M | re.S)
         assert "{{" not in text, page
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             path = target.partition("#")[0]
