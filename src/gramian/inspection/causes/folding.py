@@ -227,8 +227,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
 
 
 def _is_shut(finding: Finding) -> bool:
-    """Whether a layer passes nothing on."""
-    return finding.code == "dead-units" and finding.severity == "error"
+    """Whether layers pass nothing on: units that are never active, or at an end of their range."""
+    return finding.code in ("dead-units", "saturated-units") and finding.severity == "error"
 
 
 def _is_deaf(finding: Finding) -> bool:
