@@ -182,8 +182,8 @@ def scale(context: Context) -> Iterator[Finding]:
         return
     hidden = [s for b, s in sized if b.role == "hidden"] or [s for _, s in sized]
     middle = median(hidden)
-    if len(sized) == 2 and max(hidden) > LARGEST:  # the other of two says what is usual
-        middle = min(s for _, s in sized)
+    if (len(sized) == 2 or len(hidden) == 2) and max(hidden) > LARGEST:  # the other of two says what is usual
+        middle = min(hidden if len(hidden) == 2 else (s for _, s in sized))
     told = [
         (b, s) for b, s in sized if len(sized) >= FEW_LAYERS or s > LARGEST > middle if _is_odd(context, b, s, middle)
     ]
