@@ -57,7 +57,7 @@ def norm_gain(context: Context) -> Iterator[Finding]:
 def norm_scale(context: Context) -> Iterator[Finding]:
     """Find norms that multiply all they normalize by the same large number, as no training leaves it. Exact."""
     large = {
-        name: float(w.flatten()[0])
+        name: float(w.detach().flatten()[0])
         for name, module in context.modules.items()
         if "Norm" in type(module).__name__ and name in context.first_calls
         for w in (getattr(module, "weight", None),)
