@@ -23,7 +23,7 @@ from gramian.linalg.engine.krylov import (
     by,
     default_generator,
     exclusion_ratio,
-    gram_rows,
+    forth_and_back,
     lanczos,
     next_check,
     random_rows,
@@ -125,7 +125,7 @@ def leading(x: Tensor, rtol: float, generator: torch.Generator | None, certify: 
         back, forth, square = probes.twice(x, z)
         return back, forth, 4 * gamma(m + n) * square
 
-    return _largest(lambda y: gram_rows(y, x), start_of(generator, x, n, x.shape[0]), twice, rtol, certify)
+    return _largest(lambda y: forth_and_back(y, x)[1], start_of(generator, x, n, x.shape[0]), twice, rtol, certify)
 
 
 def leading_vectors(a: Inexact[Tensor, "*b m n"]) -> tuple[Inexact[Tensor, "*b m"], Inexact[Tensor, "*b n"]]:
@@ -135,7 +135,7 @@ def leading_vectors(a: Inexact[Tensor, "*b m n"]) -> tuple[Inexact[Tensor, "*b m
         return unstacked(u[..., None])[..., 0], unstacked(v[..., None])[..., 0]
     batch = load(a)
     x = batch.x
-    found, theta = search(lambda y: gram_rows(y, x), start_of(None, x, x.shape[-1], x.shape[0]), 1e-6)
+    found, theta = search(lambda y: forth_and_back(y, x)[1], start_of(None, x, x.shape[-1], x.shape[0]), 1e-6)
     v = top_vector(found, theta)[:, None] @ found.rows
     v = torch.where(batch.finite[:, None, None], v / norm(v).clamp_min(2.0**-500)[:, None, None], math.nan)
     u = by(v, x.mT)

@@ -51,13 +51,13 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class Products(NamedTuple):
-    """The products that block Krylov needs of matrices A (B, m, n): rows y Aᵀ and z A in the dtype of `like`; in
-    float64, rows z AᵀA and z Aᵀ with ‖A‖_F² (B,), None where it is not known, to within `unit` of ‖A‖_F each; and A, if
-    dense.
+    """The products that block Krylov needs of matrices A (B, m, n): rows y Aᵀ, and y Aᵀ with y AᵀA, in the dtype of
+    `like`; in float64, rows z AᵀA and z Aᵀ with ‖A‖_F² (B,), None where it is not known, to within `unit` of ‖A‖_F
+    each; and A, if dense.
     """
 
     forth: Apply
-    back: Apply
+    both: Callable[[Tensor], tuple[Tensor, Tensor]]
     twice: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
     like: Tensor
     shape: tuple[int, int, int]
@@ -193,6 +193,11 @@ class Space(NamedTuple):
     slack: Tensor
 
 
+def _stacked(images: list[Tensor]) -> Tensor:
+    """The images one below the other, stored by columns as `forth_and_back` leaves them, which is faster."""
+    return torch.cat([image.mT for image in images], -1).mT
+
+
 def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wide: bool) -> Space:
     b, _, n = ops.shape
     r = min(k + 8 if wide else max(8, -(-k // 2)), n)
@@ -206,8 +211,9 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
     cast = None if sample is None else ops.forth(sample)
 
     def apply(y: Tensor) -> Tensor:
-        images.append(ops.forth(y))
-        return ops.back(images[-1])
+        image, back = ops.both(y)
+        images.append(image)
+        return back
 
     def stop(found: Krylov) -> int:
         nonlocal hopeless, floor, slack
@@ -217,7 +223,7 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
             whole = square
         elif sample is not None and cast is not None:
             # About ‖AW‖² + ‖A(I − WWᵀ)‖².
-            shadow = cast - by(by(sample, found.rows.mT), torch.cat(images, -2))
+            shadow = cast - by(by(sample, found.rows.mT), _stacked(images))
             whole = whole + norm(shadow) ** 2 / sample.shape[-2]
         left = (whole - w[:, -k:].clamp_min(0).sum(-1)).clamp_min(0)
         allowed, size = rtol * whole.sqrt(), left.sqrt()
@@ -245,7 +251,7 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
         limit = min(limit, k + 2 * r + LONGEST)
     start = random_rows(generator, ops.like, b, r, n)
     found = lanczos(apply, start, -(-limit // r), stop=stop, first=-(-k // r) + 1)
-    return Space(found, torch.cat(images, -2), hopeless, floor, slack)
+    return Space(found, _stacked(images), hopeless, floor, slack)
 
 
 def _beyond(ops: Products, space: Space, kth: Tensor, generator: torch.Generator) -> tuple[Krylov, Tensor]:
@@ -255,9 +261,11 @@ def _beyond(ops: Products, space: Space, kth: Tensor, generator: torch.Generator
     """
     rows, near = space.found.rows, space.floor
 
-    def outside(y: Tensor) -> Tensor:
-        y = ops.back(ops.forth(y - by(by(y, rows.mT), rows)))
+    def project(y: Tensor) -> Tensor:
         return y - by(by(y, rows.mT), rows)
+
+    def outside(y: Tensor) -> Tensor:
+        return project(ops.both(y)[1])  # y is outside, as the start and all that is projected
 
     def stop(seen: Krylov) -> int:
         nonlocal near
@@ -267,7 +275,8 @@ def _beyond(ops: Products, space: Space, kth: Tensor, generator: torch.Generator
         return int(not bool(((theta > kth + 2 * space.slack) | small).all()))
 
     b, _, n = ops.shape
-    return lanczos(outside, random_rows(generator, ops.like, b, min(OUTSIDE, n), n), 24, stop=stop, first=3), near
+    start = project(random_rows(generator, ops.like, b, min(OUTSIDE, n), n))
+    return lanczos(outside, start, 24, stop=stop, first=3), near
 
 
 def by_products(
