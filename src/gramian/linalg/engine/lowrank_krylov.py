@@ -198,6 +198,24 @@ def _stacked(images: list[Tensor]) -> Tensor:
     return torch.cat([image.mT for image in images], -1).mT
 
 
+def _columns(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Q with orthonormal columns and R in float64, z = QR, of z (B, m, k) whose columns are nearly orthogonal.
+
+    As the images of Ritz vectors are. Then Cholesky's QR is as accurate as Householder's, which waits for all threads
+    at each column. Where they are not, a zero column for one, it is Householder's.
+    """
+    size = z.norm(dim=-2, keepdim=True)
+    unit = z / size.clamp_min(torch.finfo(z.dtype).tiny)
+    wide = unit.to(torch.float64)
+    factor, info = torch.linalg.cholesky_ex(wide.mT @ wide)
+    if bool((info != 0).any()) or not bool((factor.diagonal(dim1=-2, dim2=-1) > 0.9).all()):
+        q, r = torch.linalg.qr(z)
+        return q, r.to(torch.float64)
+    eye = torch.eye(z.shape[-1], dtype=wide.dtype, device=z.device)
+    turn = torch.linalg.solve_triangular(factor.mT, eye, upper=True)
+    return unit @ turn.to(z.dtype), factor.mT * size.to(torch.float64)
+
+
 def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wide: bool) -> Space:
     b, _, n = ops.shape
     r = min(k + 8 if wide else max(8, -(-k // 2)), n)
@@ -306,8 +324,8 @@ def by_products(
     dtype = ops.like.dtype
     w, s = lapack.small_eigh(found.t)
     chosen = s[:, :, -k:].flip(-1).mT.to(dtype)
-    q, upper = torch.linalg.qr(by(chosen, images).mT)
-    left, sigma, right, ok = lapack.svd(upper.to(torch.float64))
+    q, upper = _columns(by(chosen, images).mT)
+    left, sigma, right, ok = lapack.svd(upper)
     turn = by(right.mT.to(dtype), chosen)
     value, factors = caller.rounded(q @ left.to(dtype), sigma, by(turn, found.rows).mT)
     reason = torch.where(ok & ~(hopeless & (dtype != torch.float64)), cert.NONE, cert.INACCURATE)
