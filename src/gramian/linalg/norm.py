@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from gramian.errors import InputError
 from gramian.linalg import certificate as cert
 from gramian.linalg import singular_derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
@@ -31,7 +30,7 @@ from gramian.linalg.engine.krylov import (
     top_bound,
     top_vector,
 )
-from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.loading import check, choose, load, over, unscaled
 from gramian.linalg.engine.real_form import real_form, unstacked
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.scaling import scale
@@ -287,21 +286,11 @@ def spectral_norm_ex(
     >>> value.item(), certificate.converged.item()
     (4.0, True)
     """
-    if dim == (-2, -1) and not keepdim:
-        return _spectral_norm_ex(a, method=method, rtol=rtol, certify=certify, generator=generator)
-    if not isinstance(a, Tensor) or not is_dense(a):
-        raise InputError("spectral_norm: dim and keepdim are for dense tensors. Leave them out.")
-    check("spectral_norm", a, real=False)
-    first, second = (d + a.ndim if d < 0 else d for d in dim)
-    if first == second or not 0 <= min(first, second) <= max(first, second) < a.ndim:
-        raise InputError(f"spectral_norm: expected two dimensions of {a.ndim}, got dim={dim}.")
-    value, proof = _spectral_norm_ex(
-        a.movedim((first, second), (-2, -1)), method=method, rtol=rtol, certify=certify, generator=generator
-    )
-    if keepdim:
-        for d in sorted((first, second)):
-            value = value.unsqueeze(d)
-    return value, proof
+
+    def of(x: Any) -> tuple[Tensor, Certificate]:
+        return _spectral_norm_ex(x, method=method, rtol=rtol, certify=certify, generator=generator)
+
+    return over("spectral_norm", a, dim, keepdim, of)
 
 
 def spectral_norm(

@@ -82,7 +82,7 @@ PANEL = 1 << 19
 
 
 def forth_and_back(y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Y Aᵀ and Y AᵀA of rows y (B, r, n) and a (B, m, n); one large matrix stored by rows is read once and not twice."""
+    """Y Aᵀ and Y AᵀA of rows y (B, r, n) and a (B, m, n); one large matrix stored by rows is read only once."""
     r, m, n = y.shape[-2], a.shape[-2], a.shape[-1]
     if a.shape[0] != 1 or r < 8 or a.device.type != "cpu" or a.stride(-1) != 1 or m * n <= PANEL:
         image = by(y, a.mT)
