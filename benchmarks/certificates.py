@@ -136,7 +136,7 @@ def main() -> None:
     _write("certificates", SEED, rows, total)
 
 
-def many(names=(*EVERY, *SPECTRAL, "svd_lowrank")) -> None:
+def many(names=(*FUNCTIONS, *SPECTRAL, "svd_lowrank", *COSTLY)) -> None:
     rows, dtype, n = [], torch.float32, 5
     for name in names:
         began, count = time.process_time(), MANY
@@ -148,7 +148,7 @@ def many(names=(*EVERY, *SPECTRAL, "svd_lowrank")) -> None:
             scored = score_against_float64(name, MANY_SEED, n, count)
         rows.append(_row(name, dtype, f"n = {n}", count, *scored))
         print(f"{time.process_time() - began:5.1f} s", rows[-1], flush=True)
-    _write("certificates_many", MANY_SEED, rows, sum(row["matrices"] for row in rows))
+        _write("certificates_many", MANY_SEED, rows, sum(row["matrices"] for row in rows))
 
 
 def spectral() -> None:
