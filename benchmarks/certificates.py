@@ -16,9 +16,9 @@ as the bounds of the Krylov methods changed: none silent, 0.043, 0.043, 0.029 an
 70 and, of svd_lowrank, 1136, whose bound was then made tighter; 1 010 000 and 1 030 000 before and while svd_lowrank's
 bound was made surer: none silent, 0.043 and 0.072 % flagged, largest medians of 76 and 186.)
 
-`python benchmarks/certificates.py many` scores every function but logm and sign on 10,000 matrices of side 5 in float32 by
-the float64 answer and its own bound, and writes benchmarks/results/certificates_many.json. (In its row of sqrtm the
-flagged are matrices that rounding made indefinite, of which LAPACK's own answer is the oracle.)
+`python benchmarks/certificates.py many` scores every function but logm and sign on 10,000 matrices of side 5 in
+float32 by the float64 answer and its own bound, and writes benchmarks/results/certificates_many.json. (In its row of
+sqrtm the flagged are matrices that rounding made indefinite, of which LAPACK's own answer is the oracle.)
 
 `python benchmarks/certificates.py complex` scores complex matrices: small ones by 60-digit complex arithmetic, and
 10,000 of side 5 for each function in complex64 by the complex128 answer and its own bound; it writes
