@@ -11,7 +11,7 @@ import gramian.linalg as gl
 from cases import WIDE, Map, seeded
 from gramian import random
 from gramian.errors import ConvergenceError, InputError
-from gramian.linalg.engine import escalation, krylov, lowrank_krylov
+from gramian.linalg.engine import escalation, krylov, lowrank_excess, lowrank_krylov
 from kernels import OtherOrder
 
 N = 140
@@ -227,7 +227,7 @@ def test_sums_of_the_largest_eigenvalues_are_bounded(outside):
         exact = torch.linalg.eigvalsh(whole)
         highest = torch.tensor([math.inf, float(exact[-1])], dtype=t.dtype)
         tensor = torch.tensor([norm, norm], dtype=t.dtype)
-        most, capped = lowrank_krylov.leading_sum_bound(
+        most, capped = lowrank_excess.leading_sum_bound(
             t.expand(2, -1, -1), (r.mT @ r).expand(2, -1, -1), tensor, highest, k
         )
         assert exact[-k:].sum() <= capped + 1e-12

@@ -20,7 +20,8 @@ from gramian.linalg.engine.double_double import eye_like, minus, pair, rough, tr
 from gramian.linalg.engine.escalation import climb
 from gramian.linalg.engine.krylov import by, default_generator, forth_and_back, random_rows
 from gramian.linalg.engine.loading import check, choose, load, unscaled
-from gramian.linalg.engine.lowrank_krylov import Caller, Found, Products, by_products, excess
+from gramian.linalg.engine.lowrank_excess import excess
+from gramian.linalg.engine.lowrank_krylov import Caller, Found, Products, by_products
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense, scaled_map
 
