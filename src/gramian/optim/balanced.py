@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.workspace import scratch
 from gramian.optim.health import sine
-from gramian.optim.muon import advanced, average, choose
-from gramian.optim.options import FLAG, Shared, interval, whole
+from gramian.optim.muon import average, choose, mixed, weight_of_past
+from gramian.optim.options import Shared, interval, whole
 from gramian.optim.polar import polar
 from gramian.optim.preconditioned import REFRESH
 from gramian.optim.recipe import Recipe, StepContext
@@ -23,78 +24,104 @@ __all__ = ["BalancedMuon"]
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
-    """The momentum, and of each side that is not too long the gradients' second moment and its damped inverse root."""
+    """The momentum, and of each side that is not too long the gradients' second moment, and C of `factor`."""
     num, rows, columns = m.shape
     state = {"momentum": m.new_zeros(m.shape), "fallbacks": m.new_zeros(num, 1, 1)}
     for side, size in (("left", rows), ("right", columns)):
         if size <= options["longest"]:
             state[f"{side}_moment"] = m.new_zeros(num, size, size)
-            state[f"{side}_root"] = torch.eye(size, dtype=m.dtype, device=m.device).repeat(num, 1, 1)
+            state[f"{side}_factor"] = torch.eye(size, dtype=m.dtype, device=m.device).repeat(num, 1, 1)
     return state
 
 
 def update(g: Tensor, state: State, context: StepContext) -> Tensor:
-    """P polar(P B Q) Q, scaled to the norm of the polar factor, with P = (L + δ)^(-1/2) and Q = (R + δ)^(-1/2)."""
-    sides = _sides(state)
+    """Cᵀ polar(C X Eᵀ) E, scaled to the norm of the polar factor, with CᵀC = (L + δ)⁻¹ and EᵀE = (R + δ)⁻¹."""
+    options, sides = context.options, _sides(state)
+    if sides:
+        spare = scratch("balanced", tuple(g.shape), g.dtype, g)
+        largest = torch.linalg.vector_norm(g, math.inf, dim=(-2, -1), keepdim=True).clamp_min_(_tiny(g))
+        unit = torch.div(g, largest, out=spare)  # so that no square overflows
+        for side in sides:
+            _follow(state, side, unit, context)
+    x = mixed(g, state["momentum"], weight_of_past(options), 1 - options["present"], context)
     if not sides:
-        return polar(advanced(g, state["momentum"], context), context.options, out=g)
-    unit = g / _norm(g, math.inf)  # so that no square overflows
-    unit /= _norm(unit)
+        return polar(x, options, out=g)
+    here, there = g, spare
     for side in sides:
-        second = unit @ unit.mT if side == "left" else unit.mT @ unit
-        average(state[f"{side}_moment"], second, context.options["moment_beta"], context)
-        if context.due is None or len(context.due):
-            _renew(state, side, context)
-    x = _between(advanced(g, state["momentum"], context), state)
-    factor = polar(x, context.options, out=x)
-    d = _between(factor, state)
-    before, after = torch.linalg.vector_norm(factor, dim=(-2, -1), keepdim=True), _norm(d)
-    return d.mul_(before.div_(after))
+        x, here, there = _times(state, side, x, there), there, here
+    x = polar(x, options, out=x)
+    length = _norm(x)
+    for side in sides:
+        x, here, there = _times(state, side, x, there, transposed=True), there, here
+    return x.mul_(length.div_(_norm(x).clamp_min_(_tiny(x))))  # in g: the number of products is even
 
 
 def _sides(state: State) -> list[str]:
-    return [side for side in ("left", "right") if f"{side}_root" in state]
+    return [side for side in ("left", "right") if f"{side}_factor" in state]
 
 
-def _between(x: Tensor, state: State) -> Tensor:
-    if "left_root" in state:
-        x = state["left_root"] @ x
-    return x @ state["right_root"] if "right_root" in state else x
+def _times(state: State, side: str, x: Tensor, out: Tensor, *, transposed: bool = False) -> Tensor:
+    """C x or x Eᵀ, by the factor of that side; transposed, Cᵀ x or x E."""
+    factor = state[f"{side}_factor"]
+    if side == "left":
+        return torch.bmm(factor.mT if transposed else factor, x, out=out)
+    return torch.bmm(x, factor if transposed else factor.mT, out=out)
 
 
-def _norm(x: Tensor, order: float = 2) -> Tensor:
-    return torch.linalg.vector_norm(x, order, dim=(-2, -1), keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
+
+
+def _follow(state: State, side: str, unit: Tensor, context: StepContext) -> None:
+    """The second moment with that of the present gradients, and the factors that are due."""
+    moment, beta = state[f"{side}_moment"], context.options["moment_beta"]
+    pair = (unit, unit.mT) if side == "left" else (unit.mT, unit)
+    if context.all_alive:
+        moment.baddbmm_(*pair, beta=beta, alpha=1 - beta)
+    else:
+        average(moment, torch.bmm(*pair), beta, context)
+    if context.due is None or len(context.due):
+        _renew(state, side, context)
 
 
 def _renew(state: State, side: str, context: StepContext) -> None:
-    """The inverse roots of the matrices that are due; where there is none, the old one stays."""
+    """The factors of the matrices that are due; where there is none, the old one stays."""
     at = slice(None) if context.due is None else context.due
     moment = state[f"{side}_moment"][at]
-    root, good = _root(moment, context.options["damping"])
+    factor, good = _factor(moment, context.options["damping"])
     if not bool(good.all()):
         seen = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
-        root = torch.where(good, root, state[f"{side}_root"][at])
+        factor = torch.where(good, factor, state[f"{side}_factor"][at])
         state["fallbacks"][at] += (seen & ~good).to(moment.dtype)
-    state[f"{side}_root"][at] = root
+    state[f"{side}_factor"][at] = factor
 
 
-def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(M/m + δ)^(-1/2), with m the mean eigenvalue of M, and whether it is good (K, 1, 1).
+def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """C with CᵀC = (M/m + δ)⁻¹, m the mean eigenvalue of M, and whether it is good (K, 1, 1).
 
-    It needs no certificate: with the damping, the eigenvalues under the root lie within a factor of 1 + n/δ.
+    It is the inverse of the Cholesky factor, C = K⁻¹ with KKᵀ = M/m + δ. It needs no certificate: with the damping, the
+    eigenvalues of what is factored lie within a factor of 1 + n/δ.
     """
-    values, vectors, ok = lapack.eigh(moment)
-    relative = (values / values.mean(-1, keepdim=True)).clamp_min_(0.0)
-    root = vectors * relative.add_(damping).rsqrt_()[:, None] @ vectors.mT
-    return root, (ok & root.isfinite().flatten(1).all(-1))[:, None, None]
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    damped = moment / mean
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+    lower, info = lapack.cholesky(damped)
+    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device).expand_as(lower)
+    factor = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return factor, (info == 0)[:, None, None] & factor.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
 
 
 def staleness(state: State, options: Mapping[str, Any]) -> Tensor | None:
-    """The sine of the angle between a root that is kept and that of the present moment; the larger of the sides."""
+    """The sine of the angle between (L + δ)⁻¹ as it is kept and of the present moment; the larger of the sides."""
     angles = []
     for side in _sides(state):
-        now, _ = _root(state[f"{side}_moment"].double(), options["damping"])
-        angles.append(sine(state[f"{side}_root"].double(), now))
+        now, _ = _factor(state[f"{side}_moment"].double(), options["damping"])
+        kept = state[f"{side}_factor"].double()
+        angles.append(sine(kept.mT @ kept, now.mT @ now))
     return torch.stack(angles).amax(0) if angles else None
 
 
@@ -137,7 +164,7 @@ class BalancedMuon(MatrixOptimizer):
         update=update,
         options={
             "momentum": interval("[0, 1)"),
-            "nesterov": FLAG,
+            "present": interval("[0, 1]"),
             "rtol": interval("(0, 1)"),
             "damping": interval("(0, ∞)"),
             "moment_beta": interval("[0, 1)"),
@@ -156,7 +183,7 @@ class BalancedMuon(MatrixOptimizer):
         lr: float | Tensor | None = None,
         *,
         momentum: float = 0.9,
-        nesterov: bool = True,
+        present: float = 0.5,
         rtol: float = 0.125,
         damping: float = 1.0,
         moment_beta: float = 0.95,
@@ -166,7 +193,7 @@ class BalancedMuon(MatrixOptimizer):
         shared.setdefault("refresh", REFRESH)
         options = {
             "momentum": momentum,
-            "nesterov": nesterov,
+            "present": present,
             "rtol": rtol,
             "damping": damping,
             "moment_beta": moment_beta,
