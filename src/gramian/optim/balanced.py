@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Unpack
 
@@ -10,17 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.scaling import peak
 from gramian.linalg.engine.workspace import scratch
 from gramian.optim.health import sine
 from gramian.optim.muon import average, choose, mixed, weight_of_past
 from gramian.optim.options import Shared, interval, whole
-from gramian.optim.polar import polar
+from gramian.optim.polar import dtype_of_products, polar
 from gramian.optim.preconditioned import REFRESH
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.stacks import State
 
 __all__ = ["BalancedMuon"]
+
+SIDES = ("left", "right")
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
@@ -36,36 +38,31 @@ def init(m: Tensor, options: Mapping[str, Any]) -> State:
 
 def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     """Cᵀ polar(C X Eᵀ) E, scaled to the norm of the polar factor, with CᵀC = (L + δ)⁻¹ and EᵀE = (R + δ)⁻¹."""
-    options, sides = context.options, _sides(state)
-    if sides:
-        spare = scratch("balanced", tuple(g.shape), g.dtype, g)
-        largest = torch.linalg.vector_norm(g, math.inf, dim=(-2, -1), keepdim=True).clamp_min_(_tiny(g))
-        unit = torch.div(g, largest, out=spare)  # so that no square overflows
-        for side in sides:
-            _follow(state, side, unit, context)
-    x = mixed(g, state["momentum"], weight_of_past(options), 1 - options["present"], context)
+    options = context.options
+    sides = [side for side in SIDES if f"{side}_factor" in state]
+    past = 1 - options["present"]
     if not sides:
-        return polar(x, options, out=g)
-    here, there = g, spare
+        return polar(mixed(g, state["momentum"], weight_of_past(options), past, context), options, out=g)
+    dtype = dtype_of_products(g, options)
+    here, there = (scratch(f"balanced: {k}", tuple(g.shape), dtype, g) for k in range(2))
+    unit = torch.div(g, peak(g, (-2, -1)).clamp_min_(_tiny(g)), out=here)  # so that no square overflows
     for side in sides:
-        x, here, there = _times(state, side, x, there), there, here
+        _follow(state, side, unit, context)
+    x = mixed(g, state["momentum"], weight_of_past(options), past, context)
+    x = x if dtype == g.dtype else here.copy_(x)
+    factors = [state[f"{side}_factor"].to(dtype) for side in sides]
+    for side, factor in zip(sides, factors, strict=True):
+        x, here, there = _times(side, x, factor, there), there, here
     x = polar(x, options, out=x)
     length = _norm(x)
-    for side in sides:
-        x, here, there = _times(state, side, x, there, transposed=True), there, here
-    return x.mul_(length.div_(_norm(x).clamp_min_(_tiny(x))))  # in g: the number of products is even
+    for side, factor in zip(sides, factors, strict=True):
+        x, here, there = _times(side, x, factor.mT, there), there, here
+    return torch.mul(x, length.div_(_norm(x).clamp_min_(_tiny(x))), out=g)
 
 
-def _sides(state: State) -> list[str]:
-    return [side for side in ("left", "right") if f"{side}_factor" in state]
-
-
-def _times(state: State, side: str, x: Tensor, out: Tensor, *, transposed: bool = False) -> Tensor:
-    """C x or x Eᵀ, by the factor of that side; transposed, Cᵀ x or x E."""
-    factor = state[f"{side}_factor"]
-    if side == "left":
-        return torch.bmm(factor.mT if transposed else factor, x, out=out)
-    return torch.bmm(x, factor if transposed else factor.mT, out=out)
+def _times(side: str, x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """C x on the left, x Cᵀ on the right."""
+    return torch.bmm(factor, x, out=out) if side == "left" else torch.bmm(x, factor.mT, out=out)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -80,10 +77,10 @@ def _follow(state: State, side: str, unit: Tensor, context: StepContext) -> None
     """The second moment with that of the present gradients, and the factors that are due."""
     moment, beta = state[f"{side}_moment"], context.options["moment_beta"]
     pair = (unit, unit.mT) if side == "left" else (unit.mT, unit)
-    if context.all_alive:
+    if context.all_alive and unit.dtype == moment.dtype:
         moment.baddbmm_(*pair, beta=beta, alpha=1 - beta)
     else:
-        average(moment, torch.bmm(*pair), beta, context)
+        average(moment, torch.bmm(*pair).to(moment.dtype), beta, context)
     if context.due is None or len(context.due):
         _renew(state, side, context)
 
@@ -110,15 +107,17 @@ def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     damped = moment / mean
     damped.diagonal(dim1=-2, dim2=-1).add_(damping)
     lower, info = lapack.cholesky(damped)
-    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device).expand_as(lower)
-    factor = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return factor, (info == 0)[:, None, None] & factor.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    factor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return factor, (info == 0)[:, None, None]
 
 
 def staleness(state: State, options: Mapping[str, Any]) -> Tensor | None:
     """The sine of the angle between (L + δ)⁻¹ as it is kept and of the present moment; the larger of the sides."""
     angles = []
-    for side in _sides(state):
+    for side in SIDES:
+        if f"{side}_factor" not in state:
+            continue
         now, _ = _factor(state[f"{side}_moment"].double(), options["damping"])
         kept = state[f"{side}_factor"].double()
         angles.append(sine(kept.mT @ kept, now.mT @ now))
