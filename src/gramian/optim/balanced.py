@@ -1,4 +1,8 @@
-"""Balanced Muon: the momentum between damped inverse roots of the gradients' second moments, orthogonalized."""
+"""Balanced Muon: the momentum between damped inverse roots of the gradients' second moments, orthogonalized.
+
+The roots are never formed. Whatever C has CᵀC = (L + δ)⁻¹ is U (L + δ)^(-1/2) for an orthogonal U, which the polar
+factor lets through: Cᵀ polar(C B) = P Uᵀ polar(U P B) = P polar(P B). So the inverse of a Cholesky factor does.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,10 @@ SIDES = ("left", "right")
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
-    """The momentum, and of each side that is not too long the gradients' second moment, and C of `factor`."""
-    num, rows, columns = m.shape
+    """The momentum, and of each side that is not too long the gradients' second moment and the C of `_factor`."""
+    num = m.shape[0]
     state = {"momentum": m.new_zeros(m.shape), "fallbacks": m.new_zeros(num, 1, 1)}
-    for side, size in (("left", rows), ("right", columns)):
+    for side, size in zip(SIDES, m.shape[1:], strict=True):
         if size <= options["longest"]:
             state[f"{side}_moment"] = m.new_zeros(num, size, size)
             state[f"{side}_factor"] = torch.eye(size, dtype=m.dtype, device=m.device).repeat(num, 1, 1)
@@ -37,7 +41,7 @@ def init(m: Tensor, options: Mapping[str, Any]) -> State:
 
 
 def update(g: Tensor, state: State, context: StepContext) -> Tensor:
-    """Cᵀ polar(C X Eᵀ) E, scaled to the norm of the polar factor, with CᵀC = (L + δ)⁻¹ and EᵀE = (R + δ)⁻¹."""
+    """Cᵀ polar(C B Eᵀ) E, scaled to the norm of the polar factor, with CᵀC = (L + δ)⁻¹ and EᵀE = (R + δ)⁻¹."""
     options = context.options
     sides = [side for side in SIDES if f"{side}_factor" in state]
     past = 1 - options["present"]
@@ -46,6 +50,7 @@ def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     dtype = dtype_of_products(g, options)
     here, there = (scratch(f"balanced: {k}", tuple(g.shape), dtype, g) for k in range(2))
     unit = torch.div(g, peak(g, (-2, -1)).clamp_min_(_tiny(g)), out=here)  # so that no square overflows
+    unit.div_(_norm(unit).clamp_min_(_tiny(unit)))
     for side in sides:
         _follow(state, side, unit, context)
     x = mixed(g, state["momentum"], weight_of_past(options), past, context)
@@ -100,8 +105,8 @@ def _renew(state: State, side: str, context: StepContext) -> None:
 def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """C with CᵀC = (M/m + δ)⁻¹, m the mean eigenvalue of M, and whether it is good (K, 1, 1).
 
-    It is the inverse of the Cholesky factor, C = K⁻¹ with KKᵀ = M/m + δ. It needs no certificate: with the damping, the
-    eigenvalues of what is factored lie within a factor of 1 + n/δ.
+    It is the inverse of the Cholesky factor of M/m + δ, and needs no certificate: with the damping, the eigenvalues of
+    what is factored lie within a factor of 1 + n/δ. There is none before the first gradient, where m is zero.
     """
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     damped = moment / mean
@@ -125,28 +130,29 @@ def staleness(state: State, options: Mapping[str, Any]) -> Tensor | None:
 
 
 class BalancedMuon(MatrixOptimizer):
-    """Steps along `P polar(P B Q) Q`, with `P = (L + δ)^(-1/2)` and `Q = (R + δ)^(-1/2)`, and B Muon's momentum.
+    """Steps along `P polar(P B Q) Q`, with `P = (L + δ)^(-1/2)`, `Q = (R + δ)^(-1/2)`, and B half momentum.
 
-    L and R are the running means of `g gᵀ` and `gᵀ g`, in units of their mean eigenvalue. Of all steps D with
-    `‖(L + δ)^(1/2) D (R + δ)^(1/2)‖₂ ≤ 1` it is the one along which the loss falls fastest; Muon is that for ‖D‖₂. A
-    unit of a step counts for more in those directions of inputs and outputs in which the gradients are larger than on
-    average, as where an input has a large unit or a mean far from zero; the damping δ leaves the others alike, whether
-    they hold a weak signal or noise.
+    The other half of B is the present gradient. L and R are the running means of `g gᵀ` and `gᵀ g`, in units of their
+    mean eigenvalue. Of all steps D with `‖(L + δ)^(1/2) D (R + δ)^(1/2)‖₂ ≤ 1` it is the one along which the loss falls
+    fastest; Muon is that for ‖D‖₂. A unit of a step counts for more in those directions of inputs and outputs in which
+    the gradients are larger than on average, as where an input has a large unit or a mean far from zero; the damping δ
+    leaves the others alike, whether they hold a weak signal or noise.
 
     Args:
         params: the model (best), or its parameters; see `gramian.optim.shell.MatrixOptimizer`.
-        lr, momentum, nesterov, rtol: as of `Muon`.
+        lr, momentum, rtol: as of `Muon`.
+        present: the weight in B of the present gradient, beside Muon's momentum. Nesterov's is 1 − μ, and the least.
         damping: δ. The larger, the nearer to Muon.
         moment_beta: the weight of the past in L and R.
-        longest: a side of more rows or columns has no moment and no root, and a matrix without any steps as under Muon:
-            there they cost more than they gain.
+        longest: a side of more rows or columns has no moment and no root: there they cost more than they gain. A matrix
+            without any steps along `polar(B)`.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`; `refresh`, the steps
-            between two inverse roots of a matrix, is 10 by default.
+            between two factors of a matrix, is 10 by default.
 
     Raises:
         InputError: as `gramian.optim.shell.MatrixOptimizer`.
-    Cost: that of `Muon`, and per step and side of size k `6 m n k` operations; every `refresh` steps an
-        eigendecomposition.
+    Cost: that of `Muon`, and per step and side of size k `6 m n k` operations, in bfloat16 where the polar factor is;
+        every `refresh` steps a Cholesky factor and its inverse.
     Source: steepest descent under a norm: Bernstein and Newhouse (2409.20325); the moments: Gupta, Koren, Singer,
         Shampoo (1802.09568). The damping at the mean eigenvalue: this library's own measurements.
 
@@ -163,7 +169,7 @@ class BalancedMuon(MatrixOptimizer):
         update=update,
         options={
             "momentum": interval("[0, 1)"),
-            "present": interval("[0, 1]"),
+            "present": interval("(0, 1]"),
             "rtol": interval("(0, 1)"),
             "damping": interval("(0, ∞)"),
             "moment_beta": interval("[0, 1)"),
