@@ -28,13 +28,18 @@ __all__ = ["BalancedMuon"]
 
 SIDES = ("left", "right")
 
+SMALL = 1 << 13
+"""Entries of a matrix up to which a side four times as long as `longest` has a root too: what is done for each call of
+torch's costs as much as its products there, and kernels of convolutions gain by it most."""
+
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
     """The momentum, and of each side that is not too long the gradients' second moment and the C of `_factor`."""
-    num = m.shape[0]
+    num, rows, columns = m.shape
     state = {"momentum": m.new_zeros(m.shape), "fallbacks": m.new_zeros(num, 1, 1)}
-    for side, size in zip(SIDES, m.shape[1:], strict=True):
-        if size <= options["longest"]:
+    longest = options["longest"] * (4 if rows * columns <= SMALL else 1)
+    for side, size in zip(SIDES, (rows, columns), strict=True):
+        if size <= longest:
             state[f"{side}_moment"] = m.new_zeros(num, size, size)
             state[f"{side}_factor"] = torch.eye(size, dtype=m.dtype, device=m.device).repeat(num, 1, 1)
     return state
@@ -144,8 +149,8 @@ class BalancedMuon(MatrixOptimizer):
         present: the weight in B of the present gradient, beside Muon's momentum. Nesterov's is 1 − μ, and the least.
         damping: δ. The larger, the nearer to Muon.
         moment_beta: the weight of the past in L and R.
-        longest: a side of more rows or columns has no moment and no root: there they cost more than they gain. A matrix
-            without any steps along `polar(B)`.
+        longest: a side of more rows or columns has no moment and no root: there they cost more than they gain. It is
+            four times as many for matrices of at most 8,192 entries. A matrix without any root steps along `polar(B)`.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`; `refresh`, the steps
             between two factors of a matrix, is 10 by default.
 
