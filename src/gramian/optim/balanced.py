@@ -49,16 +49,16 @@ def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     """Cᵀ polar(C B Eᵀ) E, scaled to the norm of the polar factor, with CᵀC = (L + δ)⁻¹ and EᵀE = (R + δ)⁻¹."""
     options = context.options
     sides = [side for side in SIDES if f"{side}_factor" in state]
-    past = 1 - options["present"]
+    beta = weight_of_past(options)
     if not sides:
-        return polar(mixed(g, state["momentum"], weight_of_past(options), past, context), options, out=g)
+        return polar(mixed(g, state["momentum"], beta, beta, context), options, out=g)
     dtype = dtype_of_products(g, options)
     here, there = (scratch(f"balanced: {k}", tuple(g.shape), dtype, g) for k in range(2))
     unit = torch.div(g, peak(g, (-2, -1)).clamp_min_(_tiny(g)), out=here)  # so that no square overflows
     unit.div_(_norm(unit).clamp_min_(_tiny(unit)))
     for side in sides:
         _follow(state, side, unit, context)
-    x = mixed(g, state["momentum"], weight_of_past(options), past, context)
+    x = mixed(g, state["momentum"], beta, 1 - options["present"], context)
     x = x if dtype == g.dtype else here.copy_(x)
     factors = [state[f"{side}_factor"].to(dtype) for side in sides]
     for side, factor in zip(sides, factors, strict=True):
@@ -150,7 +150,7 @@ class BalancedMuon(MatrixOptimizer):
         damping: δ. The larger, the nearer to Muon.
         moment_beta: the weight of the past in L and R.
         longest: a side of more rows or columns has no moment and no root: there they cost more than they gain. It is
-            four times as many for matrices of at most 8,192 entries. A matrix without any root steps along `polar(B)`.
+            four times as many for matrices of at most 8,192 entries. A matrix without any root steps as under Muon.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`; `refresh`, the steps
             between two factors of a matrix, is 10 by default.
 
