@@ -87,10 +87,12 @@ def _follow(state: State, side: str, unit: Tensor, context: StepContext) -> None
     """The second moment with that of the present gradients, and the factors that are due."""
     moment, beta = state[f"{side}_moment"], context.options["moment_beta"]
     pair = (unit, unit.mT) if side == "left" else (unit.mT, unit)
-    if context.all_alive and unit.dtype == moment.dtype:
-        moment.baddbmm_(*pair, beta=beta, alpha=1 - beta)
-    else:
+    if unit.dtype != moment.dtype:
         average(moment, torch.bmm(*pair).to(moment.dtype), beta, context)
+    elif context.all_alive:
+        moment.baddbmm_(*pair, beta=beta, alpha=1 - beta)
+    else:  # by the same product, so that neighbors do not differ
+        moment.copy_(torch.where(context.alive > 0, torch.baddbmm(moment, *pair, beta=beta, alpha=1 - beta), moment))
     if context.due is None or len(context.due):
         _renew(state, side, context)
 
