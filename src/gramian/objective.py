@@ -130,7 +130,23 @@ class Objective:
             model: passed to `predict`.
             batch: passed to `predict` and `criterion`.
         """
-        total, _, number = self._read(self._result(model, batch), empty=True)
+        return self._counted(self._result(model, batch))
+
+    def counted(self, output: Any, batch: Any) -> tuple[Tensor, float]:
+        """As `summed`, of what `predict` returned.
+
+        Args:
+            output: of `predict`.
+            batch: passed to `criterion`.
+        """
+        return self._counted(self.criterion(output, batch))
+
+    def is_observed(self) -> bool:
+        """Whether a `gm.capturing` is to see every evaluation."""
+        return bool(_OBSERVERS) and self.criterion in _OBSERVERS
+
+    def _counted(self, result: Any) -> tuple[Tensor, float]:
+        total, _, number = self._read(result, empty=True)
         return total, number
 
     def _result(self, model: nn.Module, batch: Any) -> Any:
