@@ -46,7 +46,7 @@ def all_finite(found: Iterable[Tensor], *, flag: Tensor | None = None) -> bool:
         small = [t for t in found if t.numel() <= SMALL]
         with suppress(RuntimeError):  # one is sparse, or repeats its memory: all of them are looked at below
             torch._amp_foreach_non_finite_check_and_unscale_(small, flag, _ONE)
-            found = found if len(small) == 0 else [t for t in found if t.numel() > SMALL]
+            found = [t for t in found if t.numel() > SMALL]
         if flag.item():
             flag.zero_()
             return False
