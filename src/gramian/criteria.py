@@ -140,9 +140,9 @@ def cross_entropy(
             return None
         try:
             losses, number = _nll_loss(torch.log_softmax(scores, 1), labels, None, 2, ignore_index)
+            return losses, number.item()
         except (IndexError, RuntimeError):  # the criterion says what is wrong
             return None
-        return losses, number.item()
 
     if is_plain and not label_smoothing:
         criterion.counted = counted  # type: ignore[attr-defined]
