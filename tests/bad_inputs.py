@@ -342,6 +342,8 @@ CONFIGS = {
     "control characters": 'optimizer = "\\u001b[31m"\n',
     "itself": 'config = "itself.toml"\n',
     "deep": "augment = " + "[" * 2000 + "]" * 2000 + "\n",
+    "a list for a folder": 'out = ["a"]\n',
+    "a table for a folder": "out = {a = 1}\n",
     "an empty key": '"" = 3\n',
     "a section": "[train]\nsteps = 3\n",
     "not closed": 'optimizer = "muon\n',

@@ -17,14 +17,14 @@ from gramian.batch import tensors
 from gramian.block import blocks
 from gramian.checkpoint import load_tensors
 from gramian.checkpoint.names import without_wrappers
-from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
+from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError
 from gramian.inspection import Watch
 from gramian.inspection.live.gradients import all_finite
 from gramian.objective import Objective
 from gramian.recording import evaluating
 from gramian.training import agreement
 from gramian.training.averaging import Average
-from gramian.training.checks import plain_numbers, warn_of_plain_numbers
+from gramian.training.checks import holding, plain_numbers, warn_of_plain_numbers
 from gramian.training.folder import MODEL, Folder
 from gramian.training.interrupts import Interrupts, end
 from gramian.training.options import Options, best_row
@@ -230,13 +230,8 @@ class Loop:
         return sum(t.numel() * t.element_size() for t in tensors(held))
 
     def _keep(self, folder: Folder | None, *, wait: bool) -> None:
-        try:
+        with holding():
             state = self.state()
-        except RecursionError:
-            raise UnsupportedError(
-                "train: the state of the model or the optimizer contains itself, or is nested too deeply, so that no "
-                "checkpoint can hold it. What does get_extra_state() return?"
-            ) from None
         with placement.agreed("train"):
             if folder is not None:
                 folder.keep(state)
