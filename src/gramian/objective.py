@@ -23,7 +23,7 @@ from gramian.calls import prepared
 from gramian.errors import InputError
 from gramian.misuse import instead_of_objective
 
-__all__ = ["Fisher", "Objective", "as_objective"]
+__all__ = ["Fisher", "Objective", "as_objective", "is_observed"]
 
 Fisher = Literal["sampled", "empirical", "gauss_newton"]
 Predict = Callable[[nn.Module, Any], Any]
@@ -130,23 +130,7 @@ class Objective:
             model: passed to `predict`.
             batch: passed to `predict` and `criterion`.
         """
-        return self._counted(self._result(model, batch))
-
-    def counted(self, output: Any, batch: Any) -> tuple[Tensor, float]:
-        """As `summed`, of what `predict` returned.
-
-        Args:
-            output: of `predict`.
-            batch: passed to `criterion`.
-        """
-        return self._counted(self.criterion(output, batch))
-
-    def is_observed(self) -> bool:
-        """Whether a `gm.capturing` is to see every evaluation."""
-        return bool(_OBSERVERS) and self.criterion in _OBSERVERS
-
-    def _counted(self, result: Any) -> tuple[Tensor, float]:
-        total, _, number = self._read(result, empty=True)
+        total, _, number = self._read(self._result(model, batch), empty=True)
         return total, number
 
     def _result(self, model: nn.Module, batch: Any) -> Any:
@@ -317,6 +301,23 @@ class Objective:
             return Objective(**criteria.own_output(predict, other, remember), fisher="sampled", against=against)
 
         return against(teacher)
+
+
+def is_observed(objective: Objective) -> bool:
+    """Whether a `gm.capturing` is to see every evaluation of an objective.
+
+    Args:
+        objective: any.
+
+    Returns: whether it has an observer.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> is_observed(Objective.classification())
+    False
+    """
+    return bool(_OBSERVERS) and objective.criterion in _OBSERVERS
 
 
 def as_objective(objective: Any) -> Objective:

@@ -101,7 +101,7 @@ def ranks(timeout: float = 1800.0) -> Iterator[bool]:
     from torch import distributed
 
     patience = timedelta(seconds=timeout)
-    rank_number(), _of_environment("MASTER_PORT", 0, range(2**16))
+    _ = rank_number(), _of_environment("MASTER_PORT", 0, range(2**16))  # or they are refused
     try:
         store, rank, size = next(distributed.rendezvous("env://", timeout=patience))
     except (ValueError, RuntimeError) as error:  # of the environment, or of the network

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gramian.arguments import arguments_of
 from gramian.batch import is_pair
 from gramian.calls import explain
-from gramian.objective import Objective
+from gramian.objective import Objective, is_observed
 
 __all__ = ["usual"]
 
@@ -29,7 +29,7 @@ def usual(model: nn.Module, objective: Objective) -> Callable[[Any], tuple[Tenso
         return summed
 
     def of_pair(batch: Any) -> tuple[Tensor, float]:
-        if not is_pair(batch) or objective.is_observed():
+        if not is_pair(batch) or is_observed(objective):
             return summed(batch)
         x, labels = batch
         if not (x.is_cpu and labels.is_cpu):
@@ -39,6 +39,10 @@ def usual(model: nn.Module, objective: Objective) -> Callable[[Any], tuple[Tenso
         except (RuntimeError, TypeError, AttributeError) as error:
             explain(error, model, batch, [x])
             raise
-        return counted(output, labels) or objective.counted(output, batch)
+        found = counted(output, labels)
+        if found is None:
+            total, units = objective.checked(objective.criterion(output, batch), empty=True)
+            return total, float(units)
+        return found
 
     return of_pair
