@@ -15,6 +15,11 @@ from gramian.errors import InputError
 
 __all__ = ["cross_entropy", "own_output", "squared_error"]
 
+# torch counts labels in float32, whose whole numbers end here.
+LARGEST_COUNT = 2**24
+
+_nll_loss = torch.ops.aten.nll_loss_forward.default
+
 
 def _wide(t: Tensor) -> Tensor:
     """At least float32, in which losses are summed."""
@@ -124,6 +129,29 @@ def cross_entropy(
             return total(scores, labels, None), torch.count_nonzero(labels != ignore_index)
         return total(scores, labels, weights), counts(scores, labels, weights).sum()
 
+    def counted(scores: Any, labels: Tensor) -> tuple[Tensor, float] | None:
+        """The criterion of scores (N, C) and labels (N,), with the units as a number; `None` for all others.
+
+        These are the two operations that torch's cross-entropy comes to; the second counts the labels.
+        """
+        if type(scores) is not Tensor or scores.dtype is not torch.float32 or labels.dtype is not torch.int64:
+            return None
+        if scores.ndim != 2 or scores.shape[1] == 1 or not len(labels) < LARGEST_COUNT:
+            return None
+        try:
+            losses, number = _nll_loss(torch.log_softmax(scores, 1), labels, None, 2, ignore_index)
+            return losses, number.item()
+        except (IndexError, RuntimeError):  # the criterion says what is wrong
+            return None
+
+    if is_plain and not label_smoothing:
+        criterion.counted = counted  # type: ignore[attr-defined]
+
+    def predict(model: nn.Module, batch: Any) -> Any:
+        return select(called(model, batch), batch)
+
+    predict.is_call = True  # type: ignore[attr-defined]
+
     # The Hessian of a label's loss in its scores is diag(p) − ppᵀ times how much it counts, whatever the label. So the
     # two factors that estimate it multiply each loss by the square root of that.
 
@@ -150,7 +178,7 @@ def cross_entropy(
             yield (factors[:, c] * -scores.log_softmax(-1)[:, c]).sum()
 
     return {
-        "predict": lambda model, batch: select(called(model, batch), batch),
+        "predict": predict,
         "criterion": criterion,
         "sampled": sampled,
         "gauss_newton": gauss_newton,

@@ -23,7 +23,7 @@ from gramian.calls import prepared
 from gramian.errors import InputError
 from gramian.misuse import instead_of_objective
 
-__all__ = ["Fisher", "Objective", "as_objective"]
+__all__ = ["Fisher", "Objective", "as_objective", "is_observed"]
 
 Fisher = Literal["sampled", "empirical", "gauss_newton"]
 Predict = Callable[[nn.Module, Any], Any]
@@ -301,6 +301,23 @@ class Objective:
             return Objective(**criteria.own_output(predict, other, remember), fisher="sampled", against=against)
 
         return against(teacher)
+
+
+def is_observed(objective: Objective) -> bool:
+    """Whether a `gm.capturing` is to see every evaluation of an objective.
+
+    Args:
+        objective: any.
+
+    Returns: whether it has an observer.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> is_observed(Objective.classification())
+    False
+    """
+    return bool(_OBSERVERS) and objective.criterion in _OBSERVERS
 
 
 def as_objective(objective: Any) -> Objective:
