@@ -15,10 +15,13 @@ from torch import nn
 import gramian as gm
 from gramian.cli import main
 from gramian.compression.sharded.holding import as_bytes
+from gramian.compression.sharded.journal import Journal
+from gramian.compression.sharded.losses import loss_of
 from gramian.compression.sharded.passing import Item
+from gramian.compression.sharded.sharded_plan import was_stopped
 from gramian.compression.sharded.shards import OUTSIDE, Shards
 from gramian.compression.sharded.spool import Spool
-from gramian.compression.sharded.streaming import loss_of
+from gramian.compression.sharded.streaming import compress_shards
 from gramian.compression.sharded.sweeping import Sweep
 from gramian.errors import CheckpointError, InputError, UnsupportedError
 from gramian.recording.onepass import captured
@@ -114,6 +117,67 @@ def test_a_folder_becomes_what_the_model_becomes(tmp_path: Path, make, num: int)
     assert not spool.exists()
 
 
+def test_a_run_that_was_stopped_goes_on_after_the_parts_that_are_done(tmp_path: Path) -> None:
+    folder, scratch = saved(tmp_path, llama()), tmp_path / "small"
+    scratch.mkdir()
+    given, done = batches(3), list[str]()
+
+    def until(part: str) -> Any:
+        def tell(stage: str, share: float, remark: str) -> None:
+            if stage == "Factor":
+                done.append(remark.split(",")[0])
+                if remark.startswith(part):
+                    raise KeyboardInterrupt
+
+        return tell
+
+    def run(part: str = "never") -> Any:
+        done.clear()
+        return compress_shards(folder, given, NEXT, scratch=scratch, tell=until(part))
+
+    whole = compress_shards(folder, given, NEXT)
+    with pytest.raises(KeyboardInterrupt):
+        run("model.layers.1.self_attn.q_proj")
+    assert not list(scratch.iterdir())  # nothing was done
+    with pytest.raises(KeyboardInterrupt):
+        run("model.layers.0.self_attn.v_proj")
+    assert sum(name.startswith("model.layers.1.") for name in done) == 7
+    assert was_stopped(scratch)
+    plan = run()
+    assert done[0] == "7 of 16 layers were done before"
+    assert not any(name.startswith("model.layers.1.") for name in done)
+    assert plan.ranks == whole.ranks
+    assert plan.reasons == whole.reasons
+    for one, other in zip(plan.spectra, whole.spectra, strict=True):
+        assert torch.equal(one.values, other.values)
+        left, right = (each.spool.get(f"factors.{one.name}") for each in (plan, whole))
+        assert all(torch.equal(left[name], right[name]) for name in right)
+    (scratch / "model-00001-of-00003.safetensors").write_bytes(b"half")  # as if it was stopped here
+    plan.write(scratch)
+    del plan, left, right
+    assert not list(scratch.glob("gramian-*"))
+    assert not was_stopped(scratch)
+
+
+def test_what_is_done_of_another_run_does_not_count(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, "x")
+    Journal({"losses": [1.5, 2.0]}, ["block"]).save(spool)
+    assert Journal.found(spool, {"losses": [1.5, 2.0]}).parts == ["block"]
+    assert Journal.found(spool, {"losses": [1.5, 2.25]}).parts == []
+    other = Spool(tmp_path, "x")  # in use, so one of its own
+    assert other.folder != spool.folder
+    place = spool.folder
+    spool.keep()
+    del spool
+    assert place.exists()
+    again = Spool(tmp_path, "x")
+    assert again.folder == place
+    again.path("journal").write_bytes(b"torn")
+    assert Journal.found(again, {"losses": [1.5, 2.0]}).parts == []
+    again.close()
+    assert not place.exists()
+
+
 def test_no_more_than_one_part_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path, llama())
     live: list[Any] = []
@@ -137,8 +201,6 @@ def test_no_more_than_one_part_is_in_memory(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_memory_is_told_and_batches_are_cut_to_fit_it(tmp_path: Path) -> None:
-    from gramian.compression.sharded.streaming import compress_shards
-
     folder, given = saved(tmp_path, llama()), batches(3)
     told: list[str] = []
     plan = compress_shards(folder, given, NEXT, tell=lambda stage, share, remark: told.append(remark))
