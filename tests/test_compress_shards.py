@@ -120,41 +120,33 @@ def test_a_folder_becomes_what_the_model_becomes(tmp_path: Path, make, num: int)
 def test_a_run_that_was_stopped_goes_on_after_the_parts_that_are_done(tmp_path: Path) -> None:
     folder, scratch = saved(tmp_path, llama()), tmp_path / "small"
     scratch.mkdir()
-    given, done = batches(3), list[str]()
+    given, asked = batches(3), [f"model.layers.{i}.mlp.{side}_proj" for i in (0, 1) for side in ("up", "down")]
+    told: list[tuple[float, str]] = []
 
-    def until(part: str) -> Any:
-        def tell(stage: str, share: float, remark: str) -> None:
-            if stage == "Factor":
-                done.append(remark.split(",")[0])
-                if remark.startswith(part):
-                    raise KeyboardInterrupt
+    def tell(stage: str, share: float, remark: str) -> None:
+        if stage == "Factor":
+            told.append((share, remark))
+            if remark.startswith(asked[0]) and len(told) == 3:
+                raise KeyboardInterrupt
 
-        return tell
-
-    def run(part: str = "never") -> Any:
-        done.clear()
-        return compress_shards(folder, given, NEXT, scratch=scratch, tell=until(part))
-
-    whole = compress_shards(folder, given, NEXT)
+    whole = compress_shards(folder, given, NEXT, include=asked)
     with pytest.raises(KeyboardInterrupt):
-        run("model.layers.1.self_attn.q_proj")
-    assert not list(scratch.iterdir())  # nothing was done
-    with pytest.raises(KeyboardInterrupt):
-        run("model.layers.0.self_attn.v_proj")
-    assert sum(name.startswith("model.layers.1.") for name in done) == 7
+        compress_shards(folder, given, NEXT, include=asked, scratch=scratch, tell=tell)
+    assert [remark.split(",")[0] for _, remark in told] == [*asked[2:], asked[0]]
+    assert [share for share, _ in told] == [0.25, 0.5, 0.75]
+    assert all(remark.endswith(" left") for _, remark in told)
     assert was_stopped(scratch)
-    plan = run()
-    assert done[0] == "7 of 16 layers were done before"
-    assert not any(name.startswith("model.layers.1.") for name in done)
+    plan = compress_shards(folder, given, NEXT, include=asked, scratch=scratch, tell=tell)
+    assert told[3] == (0.0, "2 of 4 layers were done before")
+    assert [remark.split(",")[0] for _, remark in told[4:]] == asked[:2]
     assert plan.ranks == whole.ranks
-    assert plan.reasons == whole.reasons
     for one, other in zip(plan.spectra, whole.spectra, strict=True):
         assert torch.equal(one.values, other.values)
         left, right = (each.spool.get(f"factors.{one.name}") for each in (plan, whole))
         assert all(torch.equal(left[name], right[name]) for name in right)
     (scratch / "model-00001-of-00003.safetensors").write_bytes(b"half")  # as if it was stopped here
     plan.write(scratch)
-    del plan, left, right
+    del plan
     assert not list(scratch.glob("gramian-*"))
     assert not was_stopped(scratch)
 

@@ -47,12 +47,13 @@ class Journal:
         """
         try:
             tree = unpacked(load_tree(spool.path(JOURNAL)))
-            if tree["of"] != of:
-                return cls(of)
-            spectra = {name: _in_shape(*one) for name, one in tree["spectra"].items()}
-            return cls(of, tree["parts"], spectra, tree["reasons"], tree["judged"])
+            if tree["of"] == of:
+                spectra = {name: _in_shape(*one) for name, one in tree["spectra"].items()}
+                return cls(of, tree["parts"], spectra, tree["reasons"], tree["judged"])
         except (CheckpointError, KeyError, TypeError):  # none, or that of another version
-            return cls(of)
+            pass
+        spool.drop(JOURNAL)  # before anything that it tells of is written over
+        return cls(of)
 
     def save(self, spool: Spool) -> None:
         """Writes it, in place of what was there."""

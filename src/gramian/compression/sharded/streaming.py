@@ -40,7 +40,7 @@ from gramian.compression.sharded.losses import cut, measured
 from gramian.compression.sharded.passing import Item
 from gramian.compression.sharded.sharded_plan import ShardedPlan, spooled
 from gramian.compression.sharded.shards import OUTSIDE, Shards
-from gramian.compression.sharded.spool import Spool
+from gramian.compression.sharded.spool import JOURNAL, Spool
 from gramian.compression.sharded.sweeping import Sweep
 from gramian.errors import GramianWarning
 from gramian.layers import operation_of
@@ -248,7 +248,11 @@ class _Run:
         items = [(item.loss, item.units, item.back, item.draws) for item in (*self.items, *extra)]
         layers = [(target.name, target.inputs) for target in self.found]
         of = {"losses": items, "layers": layers, "seed": self.seed, "fisher": self.sweep.objective.fisher}
-        return Journal.found(self.sweep.spool, of)
+        before = self.sweep.spool.path(JOURNAL).exists()
+        found = Journal.found(self.sweep.spool, of)
+        if before and not found.parts:
+            self.tell("Factor", 0.0, "all over again: what was done before is of another model, data or loss")
+        return found
 
     def _decomposed(self, target: Target, blind: bool) -> WeightedSVD:
         s = decompose(target, weighting(target, self.calibration, blind=blind), rounds=False)
