@@ -60,13 +60,13 @@ def test_directions_that_are_not_there_have_no_eigenvalue(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("m", "n"), [(128, 128), (192, 96), (96, 192)])
 def test_a_cut_of_a_wide_matrix_loses_no_more(monkeypatch: pytest.MonkeyPatch, m: int, n: int) -> None:
-    layer = nn.Sequential(nn.Linear(n, m, bias=False))
-    ((target,), _) = targets(layer, None, ())
+    layer = nn.Linear(n, m, bias=False)
+    ((target,), _) = targets(nn.Sequential(layer), None, ())
     grams = [
         Gram.of(1e6 * moment(dim, outlying(dim)), torch.zeros(dim, dtype=torch.float64), torch.tensor(1e6).double())
         for dim in (n, m)
     ]
-    w = layer[0].weight.detach().double()
+    w = layer.weight.detach().double()
 
     def lost(s: WeightedSVD, rank: int) -> float:
         e = w - s.left[:, :rank].double() @ s.right[:rank].double()
