@@ -15,7 +15,7 @@ from torch import nn
 import gramian as gm
 from gramian.cli import main
 from gramian.compression.sharded.holding import as_bytes
-from gramian.compression.sharded.journal import Journal
+from gramian.compression.sharded.journal import Journal, Remaining
 from gramian.compression.sharded.losses import loss_of
 from gramian.compression.sharded.passing import Item
 from gramian.compression.sharded.sharded_plan import was_stopped
@@ -149,6 +149,17 @@ def test_a_run_that_was_stopped_goes_on_after_the_parts_that_are_done(tmp_path: 
     del plan
     assert not list(scratch.glob("gramian-*"))
     assert not was_stopped(scratch)
+
+
+def test_the_time_that_is_left_counts_layers_and_what_lies_between_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 100.0, 110.0, 140.0, 240.0, 250.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    remaining = Remaining({"a": 1, "b": 3, "c": 1}, 2)
+    remaining.begin()
+    assert remaining.after("a") == (0.2, "2 min 20 s")  # 4 × 10 s, and 100 s between
+    assert remaining.after("b") == (0.8, "1 min 50 s")
+    remaining.begin()
+    assert remaining.after("c") == (1.0, "0.0 s")
 
 
 def test_what_is_done_of_another_run_does_not_count(tmp_path: Path) -> None:

@@ -72,18 +72,32 @@ def _in_shape(s: WeightedSVD, shape: tuple[int, int]) -> WeightedSVD:
 
 
 class Remaining:
-    """How long a number of layers will take yet, from how long those before them took.
+    """How long layers will take yet, from how long those before them took, and what lay between their parts.
 
     Args:
         costs: of each layer, in any unit.
+        parts: that these are of.
     """
 
-    def __init__(self, costs: Mapping[str, int]) -> None:
-        self.costs, self.done = dict(costs), 0
-        self.total, self.begin = sum(costs.values()), time.monotonic()
+    def __init__(self, costs: Mapping[str, int], parts: int) -> None:
+        self.costs, self.done, self.total = dict(costs), 0, sum(costs.values())
+        self.parts, self.begun = parts, 0
+        self.between = self.layers = 0.0
+        self.last = time.monotonic()
+
+    def begin(self) -> None:
+        """A part's layers come next."""
+        self.between += self._passed()
+        self.begun += 1
 
     def after(self, name: str) -> tuple[float, str]:
         """The share that is done with one more layer, and how long the rest takes, in words."""
+        self.layers += self._passed()
         self.done += self.costs.pop(name)
-        left = (time.monotonic() - self.begin) * sum(self.costs.values()) / self.done
+        left = self.layers * sum(self.costs.values()) / self.done
+        left += self.between * (self.parts - self.begun) / max(self.begun, 1)
         return self.done / self.total, in_words(left)
+
+    def _passed(self) -> float:
+        before, self.last = self.last, time.monotonic()
+        return self.last - before

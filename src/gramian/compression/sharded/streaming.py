@@ -204,7 +204,9 @@ class _Run:
         for target in self.found:
             asked.setdefault(self.shards.part_of(target.name), set()).add(target.inputs)
         todo = [target for target in self.found if self.shards.part_of(target.name) not in journal.parts]
-        done, remaining = len(self.found) - len(todo), Remaining({t.name: t.dense * min(_matrix(t)) for t in todo})
+        done = len(self.found) - len(todo)
+        costs = {target.name: target.dense * min(_matrix(target)) for target in todo}
+        remaining = Remaining(costs, len({self.shards.part_of(name) for name in costs}))
         if done:
             self.tell("Factor", 0.0, f"{done} of {len(self.found)} layers were done before")
 
@@ -214,6 +216,7 @@ class _Run:
             spool.keep()
 
         for part, model, stats in self.sweep.backward(self.items, extra, self.seed, asked, journal.parts, after):
+            remaining.begin()
             self.calibration.stats, self.calibration.latest = stats, {}
             if journal.judged is None:
                 self.calibration.notes = self.notes
