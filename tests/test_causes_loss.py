@@ -281,7 +281,7 @@ def test_evaluation_leaves_the_model_and_the_random_state_alone() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     batch = data("classes")[0]
-    result = evaluate(model, batch, CLASSIFY)
+    result = evaluate(model, [batch], CLASSIFY)
     total, units = CLASSIFY.loss(model.eval(), batch)
     assert result.mixed_by is None
     assert result.loss == pytest.approx(float(total / units), rel=1e-6)
@@ -300,7 +300,7 @@ def test_samples_that_draw_numbers_of_their_own_do_not_look_mixed() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x + 0.1 * torch.randn(x.shape, generator=generator))
 
-    assert evaluate(Noisy(), data("classes")[0], CLASSIFY).mixed_by is None
+    assert evaluate(Noisy(), data("classes"), CLASSIFY).mixed_by is None
 
 
 @pytest.mark.parametrize("scale", [1e-35, 1e-18, 1.0, 1e18, 1e30])

@@ -64,6 +64,44 @@ def test_a_softmax_over_the_samples_of_sequences(dim, first, count) -> None:
         assert found[0] == ("samples-mixed", "embed, head", "error")  # positions mix too
 
 
+class Reads(nn.Module):
+    """A label for each token, by a recurrence over the first dimension, or the second."""
+
+    def __init__(self, *, batch_first: bool) -> None:
+        super().__init__()
+        self.embed, self.rnn = nn.Embedding(8, D), nn.GRU(D, 16, batch_first=batch_first)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embed(x))[0])
+
+
+def chain(rows: int, length: int) -> Tensor:
+    """Tokens of which each is the one before plus one, or drawn."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(8, (rows, length), generator=generator)
+    for t in range(1, length):
+        x[:, t] = torch.where(x[:, t] < 4, (x[:, t - 1] + 1) % 8, x[:, t])
+    return x
+
+
+@pytest.mark.parametrize(("batch_first", "first", "count"), [(False, "rows", 1), (True, "rows", 0), (False, "time", 0)])
+def test_sequences_are_told_from_samples_by_the_order_of_their_tokens(batch_first, first, count) -> None:
+    x = chain(24, 16)
+    batch = (x, x.roll(-1, 1)) if first == "rows" else (x.T.contiguous(), x.T.roll(-1, 0).contiguous())
+    loss = lambda model, batch: F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())  # noqa: E731
+    assert len(mixed(Reads(batch_first=batch_first), batch, loss)) == count
+
+
+@pytest.mark.parametrize(("first", "count"), [("rows", 1), ("time", 0)])
+def test_sequences_are_told_from_samples_by_their_padding(first, count) -> None:
+    x = torch.randint(1, 8, (B, T), generator=torch.Generator().manual_seed(0))
+    x[torch.arange(T) >= 3 + torch.arange(B)[:, None] % 6] = 0
+    x = x if first == "rows" else x.T.contiguous()
+    loss = lambda model, batch: F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())  # noqa: E731
+    assert len(mixed(Reads(batch_first=False), (x, x.flip(0)), loss)) == count
+
+
 class Embeds(nn.Module):
     def __init__(self, end) -> None:
         super().__init__()

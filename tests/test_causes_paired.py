@@ -308,3 +308,37 @@ def test_a_distribution_that_refuses_nan_hides_no_cause(monkeypatch):
     assert codes(net(6, 4), [(x, y)], loss) == {"input-non-finite"}
     with pytest.raises(ValueError, match="Expected parameter loc"):
         loss(net(6, 4), (x, y))
+
+
+class Tuned(nn.Module):
+    """Three frozen layers, each with a factored change of its own, and an offset at the end that is trained too."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(_Changed(n, scale) for n in (8, 64, 64))
+        self.head, self.offset = nn.Linear(64, 3).requires_grad_(False), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x) + self.offset
+
+
+class _Changed(nn.Module):
+    def __init__(self, n: int, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = nn.Linear(n, 64).requires_grad_(False), scale
+        self.down, self.up = nn.Parameter(torch.randn(4, n) / n**0.5), nn.Parameter(torch.zeros(64, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * (x @ self.down.T @ self.up.T)
+
+
+@pytest.mark.parametrize(("scale", "told"), [(2.0, set()), (1e-7, {"adapter-scale"})])
+def test_an_offset_that_is_trained_hides_no_adapter_and_its_gradients_are_none_of_depth(
+    scale: float, told: set[str]
+) -> None:
+    batches = [(x, y) for x, _, y in of(tasks)]
+    found = codes(Tuned(scale), batches, lambda m, b: F.cross_entropy(m(b[0]), b[1]))
+    assert found & {"adapter-scale", "gradient-explodes", "gradient-vanishes"} == told

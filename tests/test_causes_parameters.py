@@ -90,3 +90,80 @@ def test_how_values_of_parameters_are_taken() -> None:
 class Last(nn.Module):
     def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
         return given[0][:, -1]
+
+
+class Recurrent(nn.Module):
+    """A GRU, a norm and a head; the matrices of its inputs, or all of its own, times a number."""
+
+    def __init__(self, inputs: float = 1.0, state: float = 1.0, gain: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.norm, self.head = nn.GRU(D, 24, batch_first=True), nn.LayerNorm(24), nn.Linear(24, CLASSES)
+        with torch.no_grad():
+            self.rnn.weight_ih_l0.mul_(inputs)
+            self.rnn.weight_hh_l0.mul_(state)
+            self.norm.weight.fill_(gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.rnn(x)[0][:, -1]))
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (Recurrent(), set()),
+        (Recurrent(inputs=96), {"parameter-scale-large"}),
+        (Recurrent(inputs=11, state=11), {"gain-above-one"}),
+        (Recurrent(gain=20), {"parameter-scale-large"}),
+    ],
+    ids=["as drawn", "inputs", "both", "norm"],
+)
+def test_the_scale_of_recurrent_cells_and_of_norms(model: nn.Module, told: set[str]) -> None:
+    assert codes(model) & {"parameter-scale-large", "parameter-scale-small", "gain-above-one"} == told
+
+
+class Shifted(nn.Module):
+    """Layers of tanh that offsets drive to its ends."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(LENGTH * D if i == 0 else 32, 32) for i in range(3))
+        self.head = nn.Linear(32, CLASSES)
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.bias.copy_(offset * torch.randn(32).sign())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+def test_saturation_makes_gains_small_and_not_the_other_way_round() -> None:
+    findings = gm.inspect(Shifted(9.0), batches(), CLASSIFY).findings
+    first = findings[0]
+    assert first.code == "saturated-units"
+    assert all(f.severity == "info" for f in findings if f.code == "gain-below-one")
+
+
+def test_a_lone_bias_on_weights_as_they_were_drawn_is_no_fine_tune() -> None:
+    model = Shifted(0.0)
+    model.requires_grad_(False)
+    model.head.bias.requires_grad_(True)
+    found = {f.code: f.severity for f in gm.inspect(model, batches(), CLASSIFY).findings}
+    assert found["parameter-frozen"] == "warning"
+    for layer in model.layers:  # all biases: a way of fine-tuning
+        layer.bias.requires_grad_(True)
+    found = {f.code: f.severity for f in gm.inspect(model, batches(), CLASSIFY).findings}
+    assert found.get("parameter-frozen", "info") == "info"
+
+
+@pytest.mark.parametrize(("eps", "told"), [(1e-8, False), (5.0, True)])
+def test_an_epsilon_beyond_the_gradients_is_named(eps: float, told: bool) -> None:
+    model = Shifted(0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, eps=eps)
+    found = {f.code: f for f in gm.inspect(model, batches(), CLASSIFY, optimizer=optimizer).findings}
+    assert ("rate-too-low" in found) == told
+    assert not told or "ε of 5" in found["rate-too-low"].cause

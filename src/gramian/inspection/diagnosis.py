@@ -229,7 +229,7 @@ def _measure_signal(
     measured.is_recurrent, measured.varies = context.is_recurrent, not context.has_constant_output
     measured.looked_at += ["data", "loss", "modules in training steps"]
     try:
-        context.evaluated = evaluate(model, few[0], objective, observed.fed)
+        context.evaluated = evaluate(model, few, objective, observed.fed)
         measured.looked_at.append("evaluation mode")
     except Exception as error:  # a model that cannot run in evaluation mode
         measured.skipped |= {"evaluation mode": in_words(error)}

@@ -207,7 +207,7 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
     A large gradient at an embedding alone is none that grew with depth: the size of its vectors is free where a norm
     follows (RWKV starts them at 1e-4), and their gradient is inverse to it.
     """
-    sized = _with_gradients(measured)
+    sized = _without_adapters(measured, _with_gradients(measured))
     if not measured.is_chain or len(sized) < 3 or not all(math.isfinite(layer.gradient_rms or 0.0) for layer in sized):
         return
     start, end = sized[0], max(_ends(measured, sized), key=lambda layer: _per_unit(measured, layer))
@@ -317,6 +317,20 @@ def _with_gradients(measured: Measured) -> list[Layer]:
         return [layer for layer in sized if layer.gradient_rms != 0.0 or not _zero_matrices(measured)]
     owners = {name.rpartition(".")[0] for name in measured.waiting | measured.frozen}
     return [layer for layer in sized if layer.gradient_rms != 0.0 or layer.name.rpartition(".")[0] not in owners]
+
+
+def _without_adapters(measured: Measured, layers: list[Layer]) -> list[Layer]:
+    """These layers without trained ones that stand in one module with a frozen one.
+
+    An adapter's factor sets the size of its own gradients, which says nothing about depth.
+    """
+    held = [layer.name for layer in layers if layer.name in measured.frozen]
+    around = {".".join(parts[:end]) for parts in (name.split(".") for name in held) for end in range(1, len(parts))}
+    return [
+        layer
+        for layer in layers
+        if layer.name in measured.frozen or not any(layer.name.startswith(f"{prefix}.") for prefix in around)
+    ]
 
 
 def _per_unit(measured: Measured, layer: Layer) -> float:

@@ -194,6 +194,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         causes = [*causes, padded]
     if finding.code in _MISPLACED:
         return next((f for f in serious if f.code == "axes-swapped"), None)
+    if finding.code == "order-ignored":  # a recurrence that runs over the samples does not run over the tokens
+        return next((f for f in serious if f.code == "samples-mixed"), None)
     if finding.code not in _MIXED:
         causes = [c for c in causes if c.code != "samples-mixed"]
     if finding.code in _GROWING:
@@ -225,8 +227,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
 
 
 def _is_shut(finding: Finding) -> bool:
-    """Whether a layer passes nothing on."""
-    return finding.code == "dead-units" and finding.severity == "error"
+    """Whether layers pass nothing on: units that are never active, or at an end of their range."""
+    return finding.code in ("dead-units", "saturated-units") and finding.severity == "error"
 
 
 def _is_deaf(finding: Finding) -> bool:

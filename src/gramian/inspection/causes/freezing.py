@@ -66,8 +66,9 @@ def _mistake(context: Context) -> str:
     """Why what is frozen looks forgotten; empty where it looks meant.
 
     Meant are parts beside whose every matrix something is trained (adapters, biases), all matrices while prompts,
-    tables or norms are trained; and, of weights that are not as they were drawn, the layers before those that are
-    trained on, the head and others or most of a network around new parts, and a network in another.
+    tables or norms are trained, or, if the matrices are not as they were drawn, some biases; and, of weights that are
+    not as they were drawn, the layers before those that are trained on, the head and others or most of a network around
+    new parts, and a network in another.
     """
     tables = [b for b in context.matrices if b.role == "embedding" and b.name in context.observed.used]
     used = [b for b in context.matrices if b.role != "embedding" and b.name in context.observed.used]
@@ -77,8 +78,10 @@ def _mistake(context: Context) -> str:
     moving = [b for b in used if b.parameter.requires_grad]
     held = [b for b in used if not b.parameter.requires_grad]
     still = [b for b in held if not _has_beside(context, b, moving)]
-    if not still or not moving:
+    if not still:
         return ""
+    if not moving:
+        return "" if _is_tuned(context, used) or len(_as_drawn(context, still)) < len(still) else DRAWN
     has_head = any(b.role == "head" for b in still)
     if has_head and len(held) == 1:
         return "The head is frozen, and what is before it is trained."
@@ -91,6 +94,12 @@ def _mistake(context: Context) -> str:
     if is_trained and _is_part(context, still):
         return ""
     return "Layers before and behind are trained: frozen for an earlier fine-tune, or by mistake."
+
+
+def _is_tuned(context: Context, used: Sequence[Block]) -> bool:
+    """Whether something is trained beside biases of matrices: prompts, tables, norms."""
+    owners = {context.module_of(b.name) for b in used}
+    return not all(context.module_of(n) in owners for n, p in context.parameters.items() if p.requires_grad)
 
 
 def _as_drawn(context: Context, weights: Sequence[Block]) -> set[str]:

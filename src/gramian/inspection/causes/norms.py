@@ -14,6 +14,9 @@ from gramian.report import Finding
 
 __all__ = ["RULES"]
 
+# From this number on the weight of a norm is told, where all its entries are the same.
+LARGE = 8.0
+
 # Stored statistics of a batch norm: distance of the means in standard deviations, and ratio of the variances.
 SHIFT, RATIO = 3.0, 8.0
 
@@ -48,6 +51,29 @@ def norm_gain(context: Context) -> Iterator[Finding]:
             evidence="every entry of its weight γ is zero, and it is not the end of a residual branch (exact)",
             cause="γ was initialized to zero, or decayed to it; nothing passes.",
             advice=f"Set its weight to one: torch.nn.init.ones_ of {blocking[0]}.weight.",
+        )
+
+
+def norm_scale(context: Context) -> Iterator[Finding]:
+    """Find norms that multiply all they normalize by the same large number, as no training leaves it. Exact."""
+    large = {
+        name: float(w.detach().flatten()[0])
+        for name, module in context.modules.items()
+        if "Norm" in type(module).__name__ and name in context.first_calls
+        for w in (getattr(module, "weight", None),)
+        if isinstance(w, nn.Parameter) and w.numel() > 1 and bool((w == w.flatten()[0]).all())
+        if LARGE <= abs(float(w.detach().flatten()[0])) < math.inf
+    }
+    if large and not context.has_learned:
+        name = max(large, key=lambda n: abs(large[n]))
+        yield Finding(
+            "parameter-scale-large",
+            "error",
+            f"The norm {context.told(name)} multiplies by {large[name]:.3g}",
+            where=some(large, SHOWN),
+            evidence="all entries of its weight γ are this number (exact); 1 is usual",
+            cause="Nothing else in a sum counts beside it, and it saturates what follows.",
+            advice=f"Set its weight to one: torch.nn.init.ones_ of {name}.weight.",
         )
 
 
@@ -266,6 +292,7 @@ def _distance(shift: float, ratio: float) -> str:
 
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     norm_gain,
+    norm_scale,
     norm_size,
     norm_statistics,
     norm_momentum,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gramian.block import Block
 from gramian.errors import some
@@ -181,20 +182,24 @@ def scale(context: Context) -> Iterator[Finding]:
         return
     hidden = [s for b, s in sized if b.role == "hidden"] or [s for _, s in sized]
     middle = median(hidden)
-    if len(sized) == 2 and max(hidden) > LARGEST:  # the other of two says what is usual
-        middle = min(s for _, s in sized)
+    if (len(sized) == 2 or len(hidden) == 2) and max(hidden) > LARGEST:  # the other of two says what is usual
+        middle = min(hidden if len(hidden) == 2 else (s for _, s in sized))
     told = [
         (b, s) for b, s in sized if len(sized) >= FEW_LAYERS or s > LARGEST > middle if _is_odd(context, b, s, middle)
     ]
     if told and len(told) < max(FEW_LAYERS, len(sized) // 3):
         yield _one_layer(told, middle, context.observed.added)
-    if len(told) != 1 and len(hidden) >= 2:
+    if len(told) != 1 and (len(hidden) >= 2 or any(map(_cell_of, (b for b, _ in sized)))):
         yield from _all_layers(context, hidden, middle)
 
 
 def _sized(context: Context) -> list[tuple[Block, float]]:
-    """The hidden matrices and the head, each with rms(W) √fan_in; without those that have no scale to judge."""
-    found = []
+    """The hidden matrices and the head, each with rms(W) √fan_in; without those that have no scale to judge.
+
+    The matrices of inputs and of the state of a recurrent cell are added up, and are one: √(‖W‖² + ‖U‖²) / √rows.
+    """
+    found: list[tuple[Block, float]] = []
+    cells: dict[str, int] = {}
     for block, w in context.values():
         if (
             block.role in ("hidden", "head")
@@ -202,8 +207,22 @@ def _sized(context: Context) -> list[tuple[Block, float]]:
             and bool(w.isfinite().all())
             and bool(w.any())
         ):
-            found.append((block, float(w.float().square().mean().sqrt()) * math.sqrt(block.shape[-1])))
+            size = float(w.float().square().mean().sqrt()) * math.sqrt(block.shape[-1])
+            cell = _cell_of(block)
+            if cell in cells:
+                other, before = found[cells[cell]]
+                found[cells[cell]] = (block if size > before else other, math.hypot(size, before))
+                continue
+            if cell:
+                cells[cell] = len(found)
+            found.append((block, size))
     return found
+
+
+def _cell_of(block: Block) -> str:
+    """Of a matrix of torch's recurrent modules, the name without what tells inputs from the state; else empty."""
+    is_cell = isinstance(block.module, (nn.RNNBase, nn.RNNCellBase))
+    return re.sub(r"weight_[ih]h", "weight", block.name) if is_cell else ""
 
 
 def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
@@ -213,6 +232,8 @@ def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
     is_last = block.role == "head" or (context.opening is not None and block.name in context.opening.last)
     if (size < 1 and is_last) or not context.has_gain(block, size):
         return False
+    if size > 1 and _cell_of(block):  # its gates are saturated, whatever is behind it
+        return True
     return not context.is_normed(block) or (size < 1 and context.is_lost_in_norm(block))
 
 

@@ -19,6 +19,8 @@ SLOW, FAST = 1e-4, 0.5
 # In a group of several, a change is lost below this: 10,000 such steps change a weight by 1 %.
 # The others change by at least this many times as much.
 LOST, GAP = 1e-6, 100.0
+# Where Adam's ε is this many times the largest gradient, and so divides the step, a change is slow up to this one.
+EPSILON, DIVIDED = 10.0, 1e-3
 # From this change on a rate is too high whatever the first losses are.
 ANYHOW = 5.0
 # A loss diverges that rises to this many times its first value, and by this much. It makes no progress while it is
@@ -160,7 +162,7 @@ def steps(context: Context) -> Iterator[Finding]:
             cause=f"The rate {fastest.rate:g}{fastest.of} is too large for this model.",
             advice="Divide the rate by 10 or more, or call gm.suggest_lr.",
         )
-    elif fastest.change < SLOW and stuck:
+    elif stuck and fastest.change < (DIVIDED if _is_divided(fastest, taken.gradient) else SLOW):
         largest = max(by_group, key=lambda one: len(one.names))
         found = _too_low(context, largest, taken.gradient, told)
         if largest.is_scheduled:  # a warm-up, or the end of a decay, or one that has come too early
@@ -215,7 +217,7 @@ def _place(context: Context, one: _Group) -> str:
 
 def _too_low(context: Context, slow: _Group, gradient: float, told: str) -> Finding:
     """The finding about a rate, or about Adam's ε where that is larger than the gradient."""
-    eps = float(slow.group.get("eps", 0.0) or 0.0) if "betas" in slow.group else 0.0
+    eps = _epsilon(slow)
     return Finding(
         "rate-too-low",
         "warning",
@@ -228,6 +230,16 @@ def _too_low(context: Context, slow: _Group, gradient: float, told: str) -> Find
         else f"The rate {slow.rate:g}{slow.of} is too small for this model.",
         advice="Use an ε of 1e-8." if eps > gradient else "Multiply the rate by 10 or more, or call gm.suggest_lr.",
     )
+
+
+def _epsilon(one: _Group) -> float:
+    """Adam's ε; 0 for other optimizers."""
+    return float(one.group.get("eps", 0.0) or 0.0) if "betas" in one.group else 0.0
+
+
+def _is_divided(one: _Group, gradient: float) -> bool:
+    """Whether Adam's ε is so much larger than the gradients that it sets the size of the step."""
+    return gradient > 0 and _epsilon(one) > EPSILON * gradient
 
 
 def _steps_taken(context: Context) -> int:

@@ -24,6 +24,9 @@ FROZEN = 0.5
 def moved_by_steps(model: nn.Module, observed: Observed, objective: Objective) -> float | None:
     """By how much outputs change in a step of Adam at 1e-4, as a share of what differs between samples.
 
+    A head that is trained whole, biases and norms would hide adapters without effect: where matrices stand in one
+    module with frozen parameters, these alone take the step.
+
     Args:
         model: of which most is frozen; left as it was.
         observed: of this model; has its batches.
@@ -39,6 +42,7 @@ def moved_by_steps(model: nn.Module, observed: Observed, objective: Objective) -
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if not trained or frozen <= FROZEN * (frozen + sum(p.numel() for p in trained)) or not observed.needs_gradient:
         return None
+    trained = _beside_frozen(model) or trained
     batch = first_samples(observed.batches[0], ENOUGH)
     kept = [p.detach().clone() for p in trained]
 
@@ -68,3 +72,13 @@ def moved_by_steps(model: nn.Module, observed: Observed, objective: Objective) -
     changes = [float((b - a).square().mean().sqrt()) for a, b in zip(before, after, strict=True)]
     shares = [change / spread / STEPS for change, spread in zip(changes, spreads, strict=True) if spread > 0]
     return max(shares) if shares and len(shares) == len(before) else None
+
+
+def _beside_frozen(model: nn.Module) -> list[nn.Parameter]:
+    """Trained matrices of modules, the model itself apart, that also hold frozen parameters."""
+    found: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        own = list(module.parameters())
+        if name and any(not p.requires_grad for p in own):
+            found |= {id(p): p for p in own if p.requires_grad and p.is_floating_point() and p.ndim > 1}
+    return list(found.values())

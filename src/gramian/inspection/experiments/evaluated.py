@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gramian.batch import LABELS, first_samples, main_input, mapped, parts, tensors
 from gramian.errors import InputError
+from gramian.inspection.experiments.ordering import run_along_rows
 from gramian.inspection.passes.dropping import DROPOUTS, share_dropped
 from gramian.inspection.passes.following import Follower
 from gramian.inspection.passes.given import given_of, taken_of
@@ -54,20 +55,23 @@ class Evaluated:
     drops: tuple[str, str] | None = None
 
 
-def evaluate(model: nn.Module, batch: Any, objective: Objective, fed: Collection[tuple[int, int]] = ()) -> Evaluated:
+def evaluate(
+    model: nn.Module, batches: Sequence[Any], objective: Objective, fed: Collection[tuple[int, int]] = ()
+) -> Evaluated:
     """Run a batch in evaluation mode, and once more with another sample in the place of the first and the last.
 
     The second pass is made where the batch is rows of inputs, and nothing in the model says that rows belong together,
     as a norm does that uses the batch's statistics in evaluation mode too, or a matrix of all pairs of rows without
     which the model does not run on fewer. Rows with a label each, a number or a vector, are samples; so are those of
-    tokens that mix along both dimensions, or of which the model is given all but the last or first of a row. Others may
-    be the positions of sequences, so that there the model must also treat rows alike: its outputs are to come in
-    another order where the inputs do, and no module that takes positions first may be the one that mixes. Scores of
-    all pairs of samples are to change for the pairs of what changed alone.
+    tokens that mix along both dimensions, or that follow each other in rows and not in columns, or of which the model
+    is given all but the last or first of a row. Others may be the positions of sequences, so that there the model must
+    also treat rows alike: its outputs are to come in another order where the inputs do, and no module that takes
+    positions first may be the one that mixes. Scores of all pairs of samples are to change for the pairs of what
+    changed alone.
 
     Args:
         model: left as it was.
-        batch: as `objective` takes it.
+        batches: as `objective` takes them; the first is run, the others tell in what order tokens are.
         objective: gives the loss.
         fed: keys of the tensors with which the model is called, where they are known.
 
@@ -76,6 +80,7 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective, fed: Collection
     Cost: a forward pass, and two of 7 samples; up to six where samples seem to mix.
     Source: this library's own.
     """
+    batch = batches[0]
     rows = _separate_rows(model, batch)
     with evaluating(model), eager(), torch.enable_grad():  # a loss may differentiate on its way
         with _Drops(model).installed() as drops:
@@ -83,21 +88,22 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective, fed: Collection
         if not rows or not math.isfinite(loss) or drops.first:
             return Evaluated(loss, drops=drops.first)
         try:
-            found = _mixture(model, batch, objective, min(rows - 1, ENOUGH), fed)
+            found = _mixture(model, batches, objective, min(rows - 1, ENOUGH), fed)
         except Exception:  # the model's batches have one size: that of a graph, or one that it was written for
             found = (
-                None if _holds_pairs(model, batch, objective, rows) else _mixture(model, batch, objective, rows, fed)
+                None if _holds_pairs(model, batch, objective, rows) else _mixture(model, batches, objective, rows, fed)
             )
     return Evaluated(loss) if found is None else Evaluated(loss, *found)
 
 
 def _mixture(
-    model: nn.Module, batch: Any, objective: Objective, rows: int, fed: Collection[tuple[int, int]]
+    model: nn.Module, batches: Sequence[Any], objective: Objective, rows: int, fed: Collection[tuple[int, int]]
 ) -> tuple[str, str, bool] | None:
     """The first module that mixes the first rows, the one before it, and whether the rows surely are samples.
 
     `None` too where no two passes agree.
     """
+    batch = batches[0]
     runs_along = any(one.length < one.whole.shape[1] for one in taken_of(batch, fed) if one.whole.ndim > 1)
     labels = [g.values[0] for g in given_of([batch], set(fed), set()) if fed and not g.is_input]
     has_single = any(t.ndim == 1 or t.shape[1:] == (1,) for t in labels)
@@ -106,7 +112,7 @@ def _mixture(
     changed = _first_change(before, _run(model, _with_other_ends(batch, rows), objective, rows)[1])
     if changed is None or _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
         return None  # or the model draws numbers of its own
-    if runs_along or has_single or _are_labeled(model, batch, objective, rows):
+    if runs_along or has_single or _are_labeled(model, batch, objective, rows) or run_along_rows(model, batches):
         return *changed, True
     turned = mapped(batch, lambda t: t.roll(1, 0) if t.ndim and len(t) == rows else t)  # labels too: it may take them
     turned = _run(model, turned, objective, rows)[1]

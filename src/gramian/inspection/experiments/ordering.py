@@ -14,9 +14,9 @@ from gramian.batch import main_input, mapped
 from gramian.inspection.experiments.replaying import Asked, are_equal, outputs_of
 from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
-from gramian.inspection.passes.padding import padding_of
+from gramian.inspection.passes.padding import is_filled_at_ends, padding_of
 
-__all__ = ["are_in_order", "as_set", "ignores_order", "without_order"]
+__all__ = ["are_in_order", "as_set", "ignores_order", "run_along_rows", "without_order"]
 
 # Members of a set from which on their order is looked at.
 LONG = 4
@@ -62,12 +62,13 @@ def ignores_order(asked: Asked) -> bool | None:
     return are_equal(one, two) and not asked.is_deaf if one.ndim == 2 else None
 
 
-def are_in_order(model: nn.Module, batches: Sequence[Any]) -> bool:
+def are_in_order(model: nn.Module, batches: Sequence[Any], *, dim: int = 1) -> bool:
     """Whether tokens follow each other in an order: pairs of neighbors repeat more than where each row is shuffled.
 
     Args:
         model: tells which tokens are padding, which is left out.
         batches: of tokens (N, T), the main inputs.
+        dim: the dimension along which they may follow each other; along the first one, batches of one size.
 
     Returns: whether the pairs' repetitions are 6 standard deviations beyond those of 20 shuffles.
     Raises: nothing of its own.
@@ -79,8 +80,12 @@ def are_in_order(model: nn.Module, batches: Sequence[Any]) -> bool:
     for batch in batches:
         x = main_input(batch)
         padding = padding_of(model, batch, x)
-        tokens.append(x.detach().cpu().long())
-        hidden.append(torch.zeros(x.shape, dtype=torch.bool) if padding is None else padding.cpu())
+        hide = torch.zeros(x.shape, dtype=torch.bool) if padding is None else padding.cpu()
+        if x.ndim == 2 and dim == 0:
+            x, hide = x.T, hide.T
+        if dim or not tokens or x.shape[-1] == tokens[0].shape[-1]:
+            tokens.append(x.detach().cpu().long())
+            hidden.append(hide)
     if any(t.ndim != 2 or t.shape[1] != tokens[0].shape[1] for t in tokens):
         return False
     rows, padding = torch.cat(tokens), torch.cat(hidden)
@@ -94,6 +99,27 @@ def are_in_order(model: nn.Module, batches: Sequence[Any]) -> bool:
     here = repeats(torch.zeros(rows.shape))
     shuffled = torch.tensor([repeats(torch.rand(rows.shape, generator=generator)) for _ in range(SHUFFLES)])
     return here > float(shuffled.mean() + DEVIATIONS * shuffled.std() + 1e-9)
+
+
+def run_along_rows(model: nn.Module, batches: Sequence[Any]) -> bool:
+    """Whether (N, T) tokens are sequences along the second dimension, and clearly not along the first.
+
+    Args:
+        model: tells which tokens are padding.
+        batches: as they are given.
+
+    Returns: whether padding fills the ends of rows and of no columns, or neighbors in rows repeat more than in shuffled
+        ones and neighbors in columns do not.
+    Raises: what `main_input` raises.
+    Cost: 40 sorts of the tokens.
+    Source: this library's own.
+    """
+    x = main_input(batches[0])
+    if x.ndim != 2 or x.is_floating_point():
+        return False
+    if is_filled_at_ends(x) != is_filled_at_ends(x.T):
+        return is_filled_at_ends(x)
+    return are_in_order(model, batches) and not are_in_order(model, batches, dim=0)
 
 
 def _order(x: Tensor, num: int | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gramian.batch import token_mask
 from gramian.errors import GramianError
 
-__all__ = ["padding_of"]
+__all__ = ["is_filled_at_ends", "padding_of"]
 
 # Tokens that are padding by where they stand, from which on they count.
 FEW = 16
@@ -42,6 +42,20 @@ def padding_of(model: nn.Module, batch: Any, x: Tensor, *, is_main: bool = True)
     if mask is not None and len(mask) == len(x):
         return ~mask.to(x.device)
     return _ends(x) if x.ndim == 2 and not x.is_floating_point() and len(x.unique()) > 2 else None  # no mask itself
+
+
+def is_filled_at_ends(x: Tensor) -> bool:
+    """Whether one of (N, T) tokens fills the ends, or the beginnings, of rows of several lengths, and no other place.
+
+    Args:
+        x: the tokens.
+
+    Returns: whether.
+    Raises: nothing of its own.
+    Cost: a pass over the tokens.
+    Source: this library's own.
+    """
+    return _ends(x) is not None
 
 
 def _ends(x: Tensor) -> Tensor | None:
