@@ -352,16 +352,19 @@ def test_a_prediction_does_not_depend_on_the_unit_of_the_loss(scale: float) -> N
 
 
 def test_the_rise_on_new_data_is_told_from_held_out_data() -> None:
-    """A model that knows its training data by heart loses there what it does not lose on others."""
+    """A model that knows its training data by heart loses there what it does not lose on others.
+
+    Without data held out, the rise is that on the training data, and its interval one for others.
+    """
     torch.manual_seed(0)
     teacher, model = nn.Linear(24, 4), nn.Sequential(nn.Linear(24, 96), nn.ReLU(), nn.Linear(96, 4))
 
-    def drawn(num: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    def drawn(num: int, seed: int, size: int = 640) -> list[tuple[Tensor, Tensor]]:
         x = torch.randn(num, 24, generator=seeded(seed))
-        noise = -torch.rand(num, 4, generator=seeded(seed + 1)).log().log().neg()
-        return list(zip(x.split(32), (teacher(x) + noise).argmax(-1).split(32), strict=True))
+        noise = -(-torch.rand(num, 4, generator=seeded(seed + 1)).log()).log()  # labels are drawn from the teacher
+        return list(zip(x.split(size), (teacher(x) + noise).argmax(-1).split(size), strict=True))
 
-    known, judges, fresh = drawn(256, 1), drawn(3200, 3), drawn(6400, 5)
+    known, judges, fresh = drawn(256, 1, 32), drawn(6400, 3), drawn(6400, 5)
     optimizer, objective = torch.optim.Adam(model.parameters(), 1e-2), gm.Objective.classification()
     for _ in range(40):
         for batch in known:
@@ -375,15 +378,16 @@ def test_the_rise_on_new_data_is_told_from_held_out_data() -> None:
     plan = compress(model, known, objective, held_out=judges, of="factorable", keep=0.5)
     stats = compress(model, gm.capture(model, known, objective), objective, held_out=judges, of="factorable", keep=0.5)
     trained = compress(model, known, objective, of="factorable", keep=0.5)
-    for removed in (0.25, 0.4, 0.5, 0.6):
+    for removed in (0.3, 0.6):
         for one in (plan, stats):
             part = one.at(keep=1 - removed)
             rise, told = loss(part.apply()) - loss(model), part.predicted
-            assert told.rise == pytest.approx(rise, rel=0.2)
+            assert told.rise == pytest.approx(rise, rel=0.2, abs=0.05)  # known to 0.03 on the fresh data
             assert told.low <= rise <= told.high
-    part = trained.at(keep=0.5)
-    rise, told = loss(part.apply()) - loss(model), part.predicted
-    assert not told.low <= rise <= told.high
+        part = trained.at(keep=1 - removed)
+        rise, told = loss(part.apply()) - loss(model), part.predicted
+        assert told.low <= rise < 0 < told.rise
+        assert str(told).startswith("rise of the mean loss at most ")
     with pytest.raises(InputError, match="no batches"):
         compress(model, known, objective, held_out=[])
 

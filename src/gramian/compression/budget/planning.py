@@ -146,7 +146,9 @@ def compress(
         calibration = Calibration(stats, samples=stats.units)
         judges = batches if held_out is None else held_out
         if judges is not None and objective is not None:
-            calibration.measure = Measure(list(as_batches(judges, "compress")), as_objective(objective))
+            calibration.measure = Measure(
+                list(as_batches(judges, "compress")), as_objective(objective), new=held_out is not None
+            )
     elif batches is None or objective is None:
         given = "" if batches is None else f"; got {described(batches)} alone"
         raise InputError(

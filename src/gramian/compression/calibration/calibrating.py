@@ -33,6 +33,8 @@ HELD_OUT = 8
 """One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
 MOST_HELD, ENOUGH_HELD = 8, 160
 """Batches kept in memory to measure on, and from how many samples on no more are."""
+MOST_SEEN, SEEN_BYTES = 24, 2**26
+"""Other batches kept for their labels, which the statistics do not see, and how many bytes they may take."""
 REMEMBERED = 2**24
 """Numbers of the model's outputs that are kept while smaller models are compared with them."""
 ENOUGH, ROWS, EVERY = 8, 32, 4
@@ -55,11 +57,15 @@ class Measure:
         batches: as they came.
         objective: whose mean loss rises.
         seen: whether the statistics are of the same batches, since there were no others.
+        more: batches that the statistics have seen, for more labels.
+        new: whether the model was not trained on them, as its user says.
     """
 
     batches: list[Any]
     objective: Objective
     seen: bool = False
+    more: list[Any] = field(default_factory=list)
+    new: bool = False
 
     def against(self, model: nn.Module) -> Measure:
         """The same, where the targets are the outputs of a model, with those of this one, which does not change."""
@@ -120,7 +126,7 @@ def calibrate(
     """
     objective = as_objective(objective)
     ranks = collective_of(model)
-    reader = Reader(batches, ranks, held_out=held_out)
+    reader = Reader(batches, ranks, held_out=held_out, labels=objective.divergence is not None)
     given = iter(reader)
     with _together(ranks):
         first = next(given, None)
@@ -144,7 +150,8 @@ def calibrate(
         every = itertools.chain(firsts, [] if second is None else [second], given)
         stats = captured(model, every, drawn, generator=generator, differentiates=which)
     held, distinct, samples = reader.shared(first)
-    measure = Measure([batch for _, batch in held], objective, seen=held[0][0] < 0)
+    seen, more = held[0][0] < 0, reader.others()
+    measure = Measure([batch for _, batch in held], objective, seen, [] if seen else more, held_out is not None)
     share = 1.0 if which is None else which.share
     return Calibration(stats, distinct, samples, share, used, measure, notes, ranks)
 
@@ -295,6 +302,7 @@ class Reader:
         ranks: Collective | None = None,
         verb: str = "compress",
         held_out: Batches | None = None,
+        labels: bool = False,
     ) -> None:
         self.batches, self.ranks = as_batches(batches, verb), ranks
         together = ranks if ranks is not None and ranks.together else None
@@ -303,6 +311,8 @@ class Reader:
         self.num = 0
         self.held: list[tuple[int, Any]] = []
         self.apart = held_out is not None
+        self.labels = labels and not self.apart
+        self.seen: list[tuple[int, Any]] = []
         if held_out is not None:
             self.held = [(i * self.size + self.rank, batch) for i, batch in enumerate(as_batches(held_out, verb))]
             if not self.held and together is None:
@@ -325,6 +335,8 @@ class Reader:
                 self.held.append((place, batch))
                 continue
             self._count(given)
+            if self.labels:
+                self.seen = _kept([*self.seen, (place, given)])
             yield given
 
     def shared(self, first: Any) -> tuple[list[tuple[int, Any]], float, float]:
@@ -338,6 +350,13 @@ class Reader:
         held = held or [(-1, one) for _, one, _, _ in found if one is not None][:1]
         distinct, num = sum(one[2] for one in found), sum(one[3] for one in found)
         return held, distinct / num if num else 1.0, float(distinct)
+
+    def others(self) -> list[Any]:
+        """Batches that were given, the same for all ranks, drawn from all of them; none if no labels were asked for."""
+        ranks = self.ranks
+        together = self.labels and ranks is not None and ranks.together
+        found = exchanged(self.seen, ranks.group) if together else [self.seen]  # type: ignore[union-attr]
+        return [batch for _, batch in _kept([pair for one in found for pair in one])]
 
     def _count(self, batch: Any) -> None:
         found = hashes(batch, self.num)
@@ -367,6 +386,17 @@ def _parted(batch: Any) -> tuple[Any, Any | None]:
     if not cut:
         return batch, None
     return mapped(batch, lambda t: t[:-cut]), mapped(batch, lambda t: t[-cut:])
+
+
+def _kept(pairs: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """As many as may be kept for their labels, in an order that is drawn once."""
+    found, size = [], 0
+    for place, batch in sorted(pairs, key=lambda pair: pair[0] * 2654435761 % 2**32)[:MOST_SEEN]:
+        size += sum(t.numel() * t.element_size() for t in tensors(batch))
+        if size > SEEN_BYTES:
+            break
+        found.append((place, batch))
+    return found
 
 
 def _wanted(batch: Any, num: int) -> bool:
