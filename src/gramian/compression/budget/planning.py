@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from gramian.compression.storage.plans import packed, unpacked
 from gramian.errors import GramianWarning, InputError
 from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
+from gramian.recording.failing import naming_the_layer
 from gramian.statistics import Statistics
 
 __all__ = ["by_default", "compress", "judged", "nothing"]
@@ -175,7 +176,11 @@ def compress(
     if not spectra:
         raise nothing(plain, reasons)
     if ranked and calibration.objective is not None and calibration.measure is not None:
-        spectra = list(corrected(whole, spectra, calibration.measure.batches, calibration.objective))
+        judges = calibration.measure.batches
+        with ExitStack() as stack:
+            for batch in judges:  # of which any may be the one that the model cannot run on
+                stack.enter_context(naming_the_layer("compress", batch, calibration.objective, whole))
+            spectra = list(corrected(whole, spectra, judges, calibration.objective))
     for note in notes:
         warnings.warn(f"compress: {note}", GramianWarning, stacklevel=2)
     empty = {s.name: Form() for s in spectra}

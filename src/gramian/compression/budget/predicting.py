@@ -13,6 +13,7 @@ from torch import nn
 from gramian.calls import prepared
 from gramian.compression.calibration.calibrating import Measure
 from gramian.recording import evaluating
+from gramian.recording.failing import naming_the_layer
 
 __all__ = ["REMOVED", "Point", "Predicted", "Rises", "losses_of", "measured_points", "predict"]
 
@@ -93,11 +94,12 @@ class Point(NamedTuple):
 
 
 def losses_of(model: nn.Module, measure: Measure) -> list[tuple[float, float]]:
-    """The sum of losses and the number of units of each batch."""
+    """The sum of losses and the number of units of each batch, which may be none, as where all labels are ignored."""
     found = []
     with evaluating(model), torch.no_grad():
         for batch in measure.batches:
-            total, units = measure.objective.loss(model, batch)
+            with naming_the_layer("compress", batch, measure.objective, model):
+                total, units = measure.objective.loss(model, batch, empty=True)
             found.append((float(total), float(units)))
     return found
 
@@ -156,10 +158,10 @@ def _parted(point: Point, model: nn.Module, small: nn.Module, asked: tuple[list[
         return point
     if objective.divergence is None:
         return point._replace(divergence=min(point.estimate, max(point.rise, 0.0)))
-    own = _divergence(model, small, apart[:LEAST])
-    if not seen:
+    own, other = (_divergence(model, small, part[:LEAST]) for part in (apart, seen))
+    own = other if math.isnan(own.rise) else own  # the batches kept apart may have no labels
+    if math.isnan(other.rise):
         return point._replace(divergence=own.rise)
-    other = _divergence(model, small, seen[:LEAST])
     share = len(seen) / (len(seen) + len(apart))
     error = math.hypot(point.error, share * own.error, share * other.error)
     return point._replace(rise=point.rise + share * (own.rise - other.rise), error=error, divergence=own.rise)
@@ -173,7 +175,7 @@ def _divergence(model: nn.Module, small: nn.Module, asked: Sequence[Measure]) ->
             objective, batch = measure.objective, prepared(model, measure.batches[0])
             assert objective.divergence is not None
             reference, output = objective.predict(model, batch), objective.predict(small, batch)
-            _, units = objective.checked(objective.criterion(output, batch))
+            _, units = objective.checked(objective.criterion(output, batch), empty=True)
             sums.append((float(objective.divergence(output, reference, batch)), float(units)))
     return _point(0.0, [(0.0, units) for _, units in sums], sums)
 
@@ -223,6 +225,8 @@ class Rises:
 def _point(estimate: float, before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]) -> Point:
     """A point from the losses of the same batches before and after."""
     units = sum(n for _, n in before)
+    if not units:
+        return Point(estimate, math.nan, math.nan)
     rises = [b - a for (a, _), (b, _) in zip(before, after, strict=True)]
     rise = sum(rises) / units
     if len(rises) < 2:
