@@ -5,7 +5,7 @@
 Small networks on scikit-learn's digits, of which only a part is trained on, so that there is something to overfit. Each
 line is the same run with and without one option at equal steps, for each seed of weights and batches; the split of the
 data is fixed. The number is the mean over seeds, ± the standard error of the paired difference, and t is their ratio.
-docs/train.md quotes the table.
+docs/measured/train.md quotes the table.
 """
 
 from __future__ import annotations

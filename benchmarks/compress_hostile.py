@@ -5,7 +5,7 @@
 A case is a small model, batches, a loss and a target, each drawn from a list by the case's seed. It may end in two
 ways: refused, by an error of gramian's with a message; or with a model whose numbers and outputs are finite, and whose
 expected cost is a number. Where the data cannot tell which layers matter, a note has to say so. Everything else is a
-failure, and is printed with its seed. docs/compress.md quotes the counts.
+failure, and is printed with its seed. docs/measured/compress.md quotes the counts.
 """
 
 from __future__ import annotations

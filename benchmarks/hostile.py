@@ -4,7 +4,7 @@
 
 Each is made here, and read by a process of its own, which is forked when Python, torch and gramian are loaded. The
 seconds are those of the CPU for the file alone; the memory is the peak of the whole process. The result is a table in
-Markdown. docs/train.md quotes it.
+Markdown. docs/measured/train.md quotes it.
 """
 
 from __future__ import annotations

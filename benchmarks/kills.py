@@ -8,8 +8,8 @@ as it can. SIGKILL, SIGTERM or SIGINT comes after a random time, drawn from zero
 takes; with ranks, to one of them or to all. With `--inside`, files are written slowly, and SIGKILL, or seldom another
 signal, comes while one is: in its content, before it is synced, or before it takes the old one's place. The run is
 started again until it is finished; then its weights and metrics must be those of the run that nobody stopped.
-docs/train.md quotes the table. A column counts what left a half-written file: only SIGKILL, since a run that is
-interrupted otherwise ends its write.
+docs/measured/train.md quotes the table. A column counts what left a half-written file: only SIGKILL, since a run that
+is interrupted otherwise ends its write.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 CPU seconds of one thread, the two loops in turn, the median of the differences and their quartiles; so other processes
 on the machine matter little. Evaluations are not in it. A checkpoint is written by a thread of its own; the loop stops
-while the state is copied. docs/train.md quotes the table.
+while the state is copied. docs/measured/train.md quotes the table.
 """
 
 from __future__ import annotations

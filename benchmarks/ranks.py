@@ -6,7 +6,7 @@ The same seed and the same global batches; ranks are processes under gloo. The n
 ‖W − W₁‖ / ‖W₁‖ of any parameter to that of one rank. The control is one rank whose batches have their rows in another
 order, which changes the order of sums and nothing else: no number of ranks can be expected to be nearer than that. The
 resumed runs begin on two ranks and go on, from half of their steps, on four.
-docs/train.md quotes the table.
+docs/measured/train.md quotes the table.
 """
 
 from __future__ import annotations

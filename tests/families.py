@@ -77,7 +77,7 @@ MARKS = {"right": "✓", "alarm": "alarm", "refused": "–", "wrong": "**wrong**
 
 
 def page(matrix: Matrix) -> str:
-    """The matrix as Markdown, with a line for each cell that is not right."""
+    """The matrix as Markdown: how many cells are right, a line for each that is not, and all of them."""
     counts = {verb: Counter(row[verb].verdict for row in matrix.values()) for verb in VERBS}
     total = Counter(cell.verdict for row in matrix.values() for cell in row.values())
     lines = [
@@ -95,7 +95,15 @@ def page(matrix: Matrix) -> str:
     ]
     kinds = ("right", "refused", "alarm", "wrong", "crash")
     lines += [f"| {verb} | " + " | ".join(str(counts[verb][kind]) for kind in kinds) + " |" for verb in VERBS]
+    lines += ["", "## What is not right", ""]
+    for name, row in matrix.items():
+        for verb, cell in row.items():
+            if cell.verdict != "right":
+                note = " ".join(cell.note.split())[:240].replace("|", "\\|")
+                lines.append(f"- {name}, {verb}, {cell.verdict}: `{note}`")
     lines += [
+        "",
+        "## Model by model",
         "",
         "`blocks` shows the share of hidden parameters, of those that torch multiplies as matrices, that take an "
         "optimizer's matrix direction; `capture` the number of layers compared with hooks, and the share of hidden "
@@ -107,12 +115,6 @@ def page(matrix: Matrix) -> str:
     for name, row in matrix.items():
         cells = [MARKS[c.verdict] + (f" {c.note}" if c.verdict == "right" and c.note else "") for c in row.values()]
         lines.append(f"| {name} | {FAMILIES[name].library} | " + " | ".join(cells) + " |")
-    lines += ["", "## What is not right", ""]
-    for name, row in matrix.items():
-        for verb, cell in row.items():
-            if cell.verdict != "right":
-                note = " ".join(cell.note.split())[:240].replace("|", "\\|")
-                lines.append(f"- {name}, {verb}, {cell.verdict}: `{note}`")
     return "\n".join(lines) + "\n"
 
 

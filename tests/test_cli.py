@@ -368,7 +368,7 @@ def test_train_that_is_interrupted_says_how_to_go_on(folder, capsys, monkeypatch
     assert "runs/x holds an unfinished run" in err
     code, _, err = run(capsys, *TRAIN, "--resume", "--optimizer", "adamw")
     assert code == 2
-    assert "the run in runs/x is of optimizer muon, not adamw; learning rate the usual one, not 0.001" in err
+    assert "the run in runs/x is of optimizer muon, not adamw; learning rate the usual one (0.173), not 0.001" in err
     code, out, _ = run(capsys, *TRAIN, "--resume")
     assert code == 0
     assert f"resumed at {steps[0]}" in out

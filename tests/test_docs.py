@@ -1,4 +1,4 @@
-"""The code of the start page and the how-to guides runs, and prints what the pages show.
+"""The code of the start page, the guides and the first example of each reference page runs, and prints what they show.
 
 Of a page, in order: a `python` block is run in the page's namespace, one that begins with `# file: NAME` is written to
 the page's folder, and the lines of a `console` block that begin with `$ gramian` are run as commands. A `text` block
@@ -33,6 +33,8 @@ from gramian.optim.registry import table as directions_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [DOCS / "start.md", *sorted((DOCS / "howto").glob("*.md"))]
+REFERENCE = [DOCS / "watch.md", *(DOCS / path.name for path in sorted((DOCS / "measured").glob("*.md")))]
+"""Pages of which the code before the first heading is run: what follows it has names of the reader's."""
 BLOCK = re.compile(
     r"(<!-- (?P<mark>not run|numbers vary): (?P<why>[^\n]*?) -->\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$",
     re.M | re.S,
@@ -69,13 +71,19 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
+def code_of(page: Path) -> str:
+    """The part of a page whose code is run."""
+    text = page.read_text(encoding="utf-8")
+    return text.partition("\n## ")[0] if page in REFERENCE else text
+
+
 def run(page: Path, folder: Path) -> list[tuple[Block, str]]:
     """The blocks of a page with output, each with what was printed. Runs in `folder`."""
     names: dict[str, Any] = {"__name__": page.stem}
     shown, printed = [], ""
     torch.manual_seed(0)
     with contextlib.chdir(folder):
-        for block in blocks(page.read_text(encoding="utf-8")):
+        for block in blocks(code_of(page)):
             if block.language == "text" and block.follows and not block.why:
                 shown.append((block, printed))
             elif block.why or block.language not in ("python", "console"):
@@ -83,7 +91,7 @@ def run(page: Path, folder: Path) -> list[tuple[Block, str]]:
             elif named := FILE.match(block.body):
                 Path(named[1]).write_text(block.body[named.end() :], encoding="utf-8")
             elif block.language == "python":
-                line = page.read_text(encoding="utf-8").count("\n", 0, block.start)
+                line = code_of(page).count("\n", 0, block.start)
                 with contextlib.redirect_stdout(io.StringIO()) as out:
                     exec(compile("\n" * line + block.body, str(page), "exec"), names)
                 printed = plain(out.getvalue())
@@ -150,7 +158,7 @@ def width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", WIDTH)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *REFERENCE], ids=lambda page: page.stem)
 def test_a_page_runs_and_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
     for block, printed in run(page, tmp_path):
         assert fits(block.body, printed, numbers=not block.vary), (
@@ -160,20 +168,20 @@ def test_a_page_runs_and_prints_what_it_shows(page: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("mark", "most"), [("why", 20), ("vary", 10)])
 def test_a_block_that_is_not_run_or_compared_says_why(mark: str, most: int) -> None:
-    found = [getattr(block, mark) for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))]
+    found = [getattr(block, mark) for page in [*PAGES, *REFERENCE] for block in blocks(code_of(page))]
     told = [reason for reason in found if reason]
     assert len(told) <= most
     assert all(len(reason.split()) >= 3 for reason in told)
 
 
 def test_languages_of_blocks() -> None:
-    unknown = {block.language for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))}
+    unknown = {block.language for page in [*PAGES, *REFERENCE] for block in blocks(code_of(page))}
     assert unknown <= {"python", "console", "text", "toctree"}
 
 
 def test_commands_that_no_test_runs_are_marked() -> None:
-    for page in PAGES:
-        for block in blocks(page.read_text(encoding="utf-8")):
+    for page in [*PAGES, *REFERENCE]:
+        for block in blocks(code_of(page)):
             if block.language == "console" and not block.why:
                 assert re.findall(r"^\$ (?!gramian )", block.body, re.M) == [], f"{page.name}: {block.body}"
 
@@ -228,7 +236,9 @@ def test_pages_read_in_a_checkout_have_no_dead_link_and_nothing_to_fill_in() -> 
     folders = {parent for file in files for parent in file.parents}
     dead = []
     for page in (file for file in sorted(files) if file.suffix == ".md" and file.exists()):
-        text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        text = page.read_text(encoding="utf-8")
+        assert len(re.findall(r"^```", text, re.M)) % 2 == 0, f"{page}: a block is not closed"
+        text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.M | re.S)
         assert "{{" not in text, page
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             path = target.partition("#")[0]
@@ -243,7 +253,7 @@ def write() -> None:
     """Run the pages and paste what they print."""
     os.environ["COLUMNS"] = WIDTH
     warnings.simplefilter("error", GramianWarning)
-    wanted = [page for page in PAGES if not sys.argv[2:] or page.stem in sys.argv[2:]]
+    wanted = [page for page in [*PAGES, *REFERENCE] if not sys.argv[2:] or page.stem in sys.argv[2:]]
     for page in wanted:
         with tempfile.TemporaryDirectory() as folder:
             found = run(page, Path(folder))

@@ -26,7 +26,7 @@ from gramian.checkpoint.unpickling import ACTING, BENIGN, Global, Record
 from gramian.cli import main
 from gramian.errors import CheckpointError
 
-DOCS = Path(__file__).parent.parent / "docs" / "inspect.md"
+DOCS = Path(__file__).parent.parent / "docs" / "checkpoints.md"
 
 
 def network() -> nn.Module:

@@ -165,6 +165,8 @@ def test_pictures_are_given_as_figures_with_their_values(tmp_path):
     assert figures["colors"].axes[0].images[0].get_array().count() == 2
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png", dpi=20)
+    named = [label.get_text() for label in figures["by depth"].axes[-1].get_xticklabels()]
+    assert [name for name in named if name] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("place", [0, 12, 13, 25])

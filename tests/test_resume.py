@@ -348,12 +348,12 @@ OTHERS = {
     "task": ({"name": "other"}, {}, "of task task, not other"),
     "model": ({"model": wide}, {}, r"of model Sequential of 162 parameters \(\w+\), not Sequential of 83"),
     "optimizer": ({}, {"optimizer": "soap", "lr": 0.1}, "of optimizer muon, not soap"),
-    "rate": ({}, {"lr": 0.2}, "of learning rate the usual one, not 0.2"),
+    "rate": ({}, {"lr": 0.2}, r"of learning rate the usual one \(0.173\), not 0.2"),
     "seed": ({}, {"seed": 4}, "of seed 0, not 4"),
     "init": ({}, {"init": "isometric"}, "of init default, not isometric"),
     "amount": ({}, {"steps": 43}, "of budget 42 steps, not 43 steps"),
     "kind": ({}, {"steps": None, "seconds": 42.0}, "of budget 42 steps, not 42 seconds"),
-    "two": ({}, {"seed": 1, "lr": 3}, "of learning rate the usual one, not 3; seed 0, not 1"),
+    "two": ({}, {"seed": 1, "lr": 3}, r"of learning rate the usual one \(0.173\), not 3; seed 0, not 1"),
 }
 
 

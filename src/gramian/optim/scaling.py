@@ -52,7 +52,8 @@ def num_in_sequence(weights: Iterable[tuple[str, Layout]]) -> int:
     experts of a layer count once, since a token gets a weighted mean of their outputs, in which their changes do not
     add up. (By the same argument the groups of a convolution would; nothing was measured there, and they count each.)
     The matrices that make the coefficients of a Mamba's recurrence do not count beside others: the unit passes by them,
-    through the kernel, D and the gate, and a step of theirs changes the outputs a hundredth as much (docs/optim.md).
+    through the kernel, D and the gate, and a step of theirs changes the outputs a hundredth as much
+    (docs/measured/optim.md).
 
     Args:
         weights: name and layout of each. Experts that are modules of their own are told by the name `experts.N.`.
@@ -102,8 +103,8 @@ def usual_lr(base: float, num_matrices: int, *, plain: bool = False) -> float:
 
     With `scale="spectral"` a matrix steps by `lr / L`, so that steps whose effects all add up change the function as
     much at any depth. Those of gates and of layers beside a skip connection do not add up: the tuned rate grows with L
-    (docs/learning_rates.md). In plain networks they do: at depth 100 the tanh network of the demo learns at 0.2, and
-    nothing at 0.7.
+    (docs/measured/learning_rates.md). In plain networks they do: at depth 100 the tanh network of the demo learns at
+    0.2, and nothing at 0.7.
 
     >>> [round(usual_lr(0.1, num), 3) for num in (0, 1, 2, 18, 72, 1000)]
     [0.1, 0.1, 0.1, 0.3, 0.6, 1.0]

@@ -69,7 +69,7 @@ def suggest_lr(
             gradient that is not finite, or zero; a direction along which the loss does not fall at any rate.
         UnsupportedError: for an operation without a second derivative, sharded parameters, and optimizers whose step
             depends on the weights.
-    Cost: about `9 · num_steps` training steps. Accuracy: see docs/learning_rates.md.
+    Cost: about `9 · num_steps` training steps. Accuracy: see docs/measured/learning_rates.md.
     Source: the line minimum under Gauss–Newton: Martens (1412.1193), §6.4; held-out batches against noise: this
     library's own measurements.
 

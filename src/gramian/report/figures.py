@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .document import Depth, Document, Drawing, HeatMap, Picture, Role, Section, Series
+from .formatting import elide, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLORS: dict[Role, str] = {"before": "C1", "after": "C0", "baseline": "0.4", "accent": "C4", "muted": "0.6"}
+_MOST_NAMES = 16  # of places below a picture by depth
+_LONGEST_NAME = 28
 
 
 def figures_of(document: Document) -> dict[str, Figure]:
@@ -103,7 +106,23 @@ def _draw_depth(axes: Sequence[Any], depth: Depth) -> None:
         ax.set(yscale="log")
         ax.set_title(lane.label, loc="left", fontsize="medium")
         _legend(ax)
+    _name_places(axes[-1], depth.names)
     axes[-1].set_xlabel(depth.x_label)
+
+
+def _name_places(ax: Any, names: Sequence[str]) -> None:
+    """Ticks with the names of their places: of all, where there is room, and of those in view after a zoom."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    def named(x: float, _: int | None) -> str:
+        place = round(x)
+        return elide(visible(names[place]), _LONGEST_NAME) if x == place and 0 <= place < len(names) else ""
+
+    ax.xaxis.set_major_locator(MaxNLocator(_MOST_NAMES, integer=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(named))
+    ax.tick_params("x", rotation=35)
+    for label in ax.get_xticklabels():
+        label.set(ha="right", rotation_mode="anchor")
 
 
 def _legend(ax: Any) -> None:

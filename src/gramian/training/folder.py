@@ -314,7 +314,7 @@ def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dic
             "with the version that began it, or choose another folder"
         )
     differing = [
-        f"{name} {plain(_setting(saved, name), 1000)}, not {_setting(identity, name)}"
+        f"{name} {plain(_setting(saved, name, state.get('rates')), 1000)}, not {_setting(identity, name)}"
         for name in (*identity, *(name for name in saved if name not in identity))  # options that are unset are in none
         if saved.get(name) != identity.get(name)
     ]
@@ -326,10 +326,19 @@ def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dic
     return state | {"finished": finished, "damage": damage}
 
 
-def _setting(settings: dict[str, Any], name: str) -> Any:
-    """What a run's setting is, in words."""
+def _setting(settings: dict[str, Any], name: str, rates: Any = None) -> Any:
+    """What a run's setting is, in words; `rates` are those that a run in a folder had.
+
+    >>> _setting({"learning rate": "usual"}, "learning rate", [0.1732]), _setting({"seed": "0"}, "seed")
+    ('the usual one (0.173)', '0')
+    """
     value = settings.get(name, UNSET)
-    return "the usual one" if value == "usual" else value
+    if value != "usual":
+        return value
+    match rates:
+        case [float(rate), *_]:
+            return f"the usual one ({rate:.3g})"
+    return "the usual one"
 
 
 def _last_checkpoint(path: Path, shown: Path) -> tuple[Any, str]:

@@ -54,8 +54,8 @@ def signs_of_training(model: nn.Module) -> list[Sign]:
     rows or columns that differ in size, or whose means are not zero, by more than chance. A fresh norm has a constant
     weight or a constant bias.
 
-    Measured rates of error are in docs/init.md. What it misses are models after a few dozen steps, in which little
-    would be lost.
+    Measured rates of error are in docs/measured/init.md. What it misses are models after a few dozen steps, in which
+    little would be lost.
 
     Args:
         model: any module. Frozen parameters, embeddings and biases are not looked at.
