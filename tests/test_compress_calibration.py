@@ -392,6 +392,53 @@ def test_the_rise_on_new_data_is_told_from_held_out_data() -> None:
         compress(model, known, objective, held_out=[])
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_divergence_is_the_rise_expected_of_labels_from_the_reference(smoothing: float) -> None:
+    output, reference, weights = torch.randn(6, 5), torch.randn(6, 5), torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0, 3.0])
+    reference[0, 2] = output[0, 2] = -torch.inf
+    labels = torch.full((6,), 1)
+    labels[4] = -100
+    objective = gm.Objective.classification(label_smoothing=smoothing)
+    found = objective.divergence(output, reference, (None, labels, weights))  # type: ignore[misc]
+    plain, expected = gm.Objective.classification(), 0.0
+    for i in (0, 1, 3, 5):
+        for c, p in enumerate(reference[i].softmax(-1).tolist()):
+            before, after = (
+                plain.criterion(one[i : i + 1], (None, torch.tensor([c])))[0] for one in (reference, output)
+            )
+            expected += float(weights[i]) * p * float(after - before) if p else 0.0
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    squared = gm.Objective.regression().divergence(output[1:], reference[1:], (None, reference[1:], weights[1:]))  # type: ignore[misc]
+    assert float(squared) == pytest.approx(float(0.5 * weights[1:] @ (output - reference)[1:].square().sum(1)))
+
+
+def test_more_labels_are_kept_of_batches_that_the_statistics_have_seen() -> None:
+    """Drawn from all of them; batches kept apart that have no label say nothing, and the others do."""
+    torch.manual_seed(0)
+    model, objective = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), gm.Objective.classification()
+    given = [(torch.randn(8, 8), torch.randint(4, (8,))) for _ in range(96)]
+    measure = calibrate(model, (batch for batch in given), objective).measure
+    assert measure is not None
+    places = {id(batch): i for i, batch in enumerate(given)}
+    apart, more = ([places[id(batch)] for batch in part] for part in (measure.batches, measure.more))
+    assert apart == list(range(7, 64, 8))
+    assert len(more) == 24
+    assert not set(apart) & set(more)
+    assert min(more) < 12
+    assert max(more) >= 84
+    assert calibrate(model, given, objective, held_out=given[:3]).measure.more == []  # type: ignore[union-attr]
+    few = [(x, torch.full_like(y, -100) if i == 7 else y) for i, (x, y) in enumerate(given[:10])]
+    told = compress(model, few, objective, of="factorable", keep=0.6).predicted
+    assert math.isfinite(told.high)
+
+
+def test_held_out_data_that_the_model_cannot_run_on_are_told() -> None:
+    model, objective = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), gm.Objective.classification()
+    given = [(torch.randn(8, 8), torch.randint(4, (8,))) for _ in range(8)]
+    with pytest.raises(InputError, match=r"0 \(Linear\) got a tensor of shape \(8, 3\)"):
+        compress(model, given, objective, held_out=[given[0], (torch.randn(8, 3), given[0][1])])
+
+
 def test_a_rise_that_is_plain_takes_no_more_batches_than_it_needs() -> None:
     """Batches are asked in a drawn order, since they may be sorted, until the rise is known to 5 %."""
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gramian.batch import mapped
 from gramian.calls import prepared
 from gramian.compression.budget.weighted import WeightedSVD
-from gramian.compression.calibration.calibrating import cuttable
+from gramian.compression.calibration.reading import cuttable
 from gramian.compression.layers.feedback import Feedback
 from gramian.compression.layers.lowrank import matrix_of
 from gramian.layers import operation_of
