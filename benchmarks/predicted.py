@@ -11,6 +11,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class GPT2(nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        none = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+        none: dict[str, Any] = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
         self.net = GPT2LMHeadModel(
             GPT2Config(vocab_size=65, n_positions=CONTEXT, n_embd=96, n_layer=3, n_head=4, **none)
         )

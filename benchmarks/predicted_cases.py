@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,12 @@ class Llama(nn.Module):
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        sizes = {"hidden_size": 80, "intermediate_size": 200, "num_hidden_layers": 3, "num_attention_heads": 4}
+        sizes: dict[str, Any] = {
+            "hidden_size": 80,
+            "intermediate_size": 200,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+        }
         self.net = LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=CONTEXT, **sizes))
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -183,6 +184,7 @@ def rounding_ratio(feedback: Feedback, gradient: Tensor, w: Tensor) -> float:
     """
     ordered, scale = gradient[:, feedback.order], w.float().abs().amax(1).square()
     squares = (ordered * feedback.factor if feedback.factor.ndim == 1 else ordered @ feedback.factor.mT).square()
-    costs = feedback.diagonal.square().reciprocal()
+    costs = feedback.diagonal.double().square().reciprocal()
     estimate = float((scale.double() * feedback.outputs).sum() * costs.double().sum())
-    return float((scale @ squares).double() @ costs.double()) / estimate if estimate > 0 else 1.0
+    ratio = float((scale @ squares).double() @ costs.double()) / estimate if estimate > 0 else 1.0
+    return ratio if math.isfinite(ratio) else 1.0  # squares of huge gradients overflow
