@@ -177,6 +177,27 @@ def test_the_bound_does_not_trust_the_test_to_fall():
     assert krylov.top_bound(found, theta, theta + 0.1, noise=none[:, 0]) > theta + 0.3
 
 
+@pytest.mark.parametrize("rows", [1030, 64])
+def test_products_in_panels_are_the_products(rows):
+    x = random.normal(1, rows, 600, generator=seeded(35))
+    y = random.normal(1, 16, 600, generator=seeded(36))
+    for a in (x, x.mT.contiguous().mT):
+        image, back = krylov.forth_and_back(y, a)
+        torch.testing.assert_close(image.double(), y.double() @ x.double().mT, rtol=0, atol=1e-3)
+        torch.testing.assert_close(back.double(), y.double() @ x.double().mT @ x.double(), rtol=0, atol=5e-2)
+
+
+@pytest.mark.parametrize("turned", [0.0, 0.01, 0.9, 1.0])
+def test_columns_are_orthonormal_however_far_they_were_from_it(turned):
+    z = random.normal(2, 300, 6, generator=seeded(37))
+    z = torch.linalg.qr(z).Q * torch.logspace(0, -4, 6)
+    z[1, :, 5] = (1 - turned) * z[1, :, 5] + turned * z[1, :, 0]
+    z[0, :, 2] *= 1 - turned
+    q, r = lowrank_krylov._columns(z)
+    torch.testing.assert_close(q.mT @ q, torch.eye(6).expand(2, -1, -1), rtol=0, atol=2e-6)
+    torch.testing.assert_close(q.double() @ r, z.double(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("r", [1, 3, 16])
 def test_resolvents_are_those_of_the_whole_matrix(r):
     m = random.wishart(90, 90, samples=200, generator=seeded(33), dtype=torch.float64)

@@ -246,3 +246,15 @@ def test_the_spectral_norm_takes_the_dimensions_that_torch_s_takes(dim):
     with pytest.raises(InputError, match="dense"):
         gl.spectral_norm(torch.eye(3).to_sparse(), keepdim=True)
     assert math.isclose(float(gl.spectral_norm(x[0])), float(torch.linalg.matrix_norm(x[0], 2)), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("p", [None, -2, "fro"])
+def test_the_condition_takes_dimensions_too(p):
+    x = random.normal(3, 4, 3, generator=seeded(1), dtype=torch.float64)
+    peer = torch.linalg.cond(x.movedim(1, 0), p)
+    torch.testing.assert_close(gl.cond(x, p, dim=(0, 2)), peer)
+    torch.testing.assert_close(
+        gl.cond(x, p, dim=(2, 0), keepdim=True), torch.linalg.cond(x.permute(1, 2, 0), p)[None, :, None]
+    )
+    with pytest.raises(InputError, match="dense"):
+        gl.cond(torch.eye(3).to_sparse(), p, keepdim=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Inexact
@@ -19,7 +20,7 @@ from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plus, product, transpose
 from gramian.linalg.engine.escalation import Number, numbers
 from gramian.linalg.engine.krylov import FAILURE, by, top_bound, top_vector
-from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.loading import check, choose, load, over, unscaled
 from gramian.linalg.engine.real_form import REAL, real_form
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.inverse import inv_ex
@@ -283,29 +284,15 @@ def _by_norms(
     )
 
 
-def cond_ex(
-    a: Inexact[Tensor, "*b m n"] | LinearMap,
-    p: float | int | str | None = None,
-    *,
-    method: str = "auto",
-    rtol: float | None = None,
-    certify: bool = True,
-    generator: torch.Generator | None = None,
-) -> tuple[Float[Tensor, "*b"], Certificate]:
-    """`cond` with its certificate, never raising for a matrix's values; inf, not converged, where a σ is zero.
-
-    Args:
-        a, p, method, rtol, certify, generator: as for `cond`.
-    Returns: the condition numbers and their `Certificate`.
-    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
-    Cost: as for `cond`.
-    Source: as for `cond`.
-
-    >>> value, certificate = cond_ex(torch.diag_embed(torch.tensor([[4.0, 2.0], [4.0, 0.0]])))
-    >>> value.tolist(), certificate.converged.tolist()
-    ([2.0, inf], [True, False])
-    """
-    a = made_dense("cond", a, real=False)
+def _in_norm(
+    a: Tensor,
+    p: float | int | str | None,
+    method: str,
+    rtol: float | None,
+    certify: bool,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Certificate]:
+    """`cond_ex` of the last two dimensions."""
     if p is None or p == 2:
         return _cond_ex(a, method=method, rtol=rtol, certify=certify, generator=generator)
     if p == -2:
@@ -324,24 +311,58 @@ def cond_ex(
     return _by_norms(a, p, method, rtol, certify)
 
 
+def cond_ex(
+    a: Inexact[Tensor, ...] | LinearMap,
+    p: float | int | str | None = None,
+    *,
+    dim: tuple[int, int] = (-2, -1),
+    keepdim: bool = False,
+    method: str = "auto",
+    rtol: float | None = None,
+    certify: bool = True,
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, ...], Certificate]:
+    """`cond` with its certificate, never raising for a matrix's values; inf, not converged, where a σ is zero.
+
+    Args:
+        a, p, dim, keepdim, method, rtol, certify, generator: as for `cond`; the certificate keeps no dimensions.
+    Returns: the condition numbers and their `Certificate`.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
+    Cost: as for `cond`.
+    Source: as for `cond`.
+
+    >>> value, certificate = cond_ex(torch.diag_embed(torch.tensor([[4.0, 2.0], [4.0, 0.0]])))
+    >>> value.tolist(), certificate.converged.tolist()
+    ([2.0, inf], [True, False])
+    """
+
+    def of(x: Any) -> tuple[Tensor, Certificate]:
+        return _in_norm(made_dense("cond", x, real=False), p, method, rtol, certify, generator)
+
+    return over("cond", a, dim, keepdim, of)
+
+
 def _none(x: Tensor) -> Tensor:
     return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
 
 def cond(
-    a: Inexact[Tensor, "*b m n"] | LinearMap,
+    a: Inexact[Tensor, ...] | LinearMap,
     p: float | int | str | None = None,
     *,
+    dim: tuple[int, int] = (-2, -1),
+    keepdim: bool = False,
     method: str = "auto",
     rtol: float | None = None,
     certify: bool = True,
     generator: torch.Generator | None = None,
-) -> Float[Tensor, "*b"]:
+) -> Float[Tensor, ...]:
     """The condition number, in the 2-norm κ(A) = σ₁ / σ_min(m,n), in another ‖A‖ₚ ‖A⁻¹‖ₚ; 1/κ(A) for p = −2.
 
     Args:
         a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`, square where p is not ±2; the last two are
             first made dense by n products, since no few products bound the least singular value.
+        dim, keepdim: the two dimensions that the matrices have, and whether they stay, with size 1; of dense tensors.
         p: the norm, as for `torch.linalg.cond`: 2, also if None, -2, 1, -1, inf, -inf, "fro" or "nuc".
         method: "gram", "lanczos", "inverse" or "auto".
         rtol: the relative error of κ asked for; `certificate.RTOL` of the dtype if None. Two digits, 1e-2, are cheaper.
@@ -365,6 +386,8 @@ def cond(
     >>> cond(torch.tensor([[4.0, 0.0], [0.0, 2.0]]))
     tensor(2.)
     """
-    value, certificate = cond_ex(a, p, method=method, rtol=rtol, certify=certify, generator=generator)
+    value, certificate = cond_ex(
+        a, p, dim=dim, keepdim=keepdim, method=method, rtol=rtol, certify=certify, generator=generator
+    )
     require_converged("cond", certificate)
     return value

@@ -18,7 +18,7 @@ from gramian.linalg.engine import lapack, probes
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import eye_like, minus, pair, rough, transpose
 from gramian.linalg.engine.escalation import climb
-from gramian.linalg.engine.krylov import by, default_generator, random_rows
+from gramian.linalg.engine.krylov import by, default_generator, forth_and_back, random_rows
 from gramian.linalg.engine.loading import check, choose, load, unscaled
 from gramian.linalg.engine.lowrank_krylov import Caller, Found, Products, by_products, excess
 from gramian.linalg.engine.rounding import U, gamma, norm
@@ -65,7 +65,7 @@ def _by_block_krylov(
     """`lowrank_krylov.by_products` of dense matrices, with products in x's dtype."""
     ops = Products(
         forth=lambda y: by(y, x.mT),
-        back=lambda z: by(z, x),
+        both=lambda y: forth_and_back(y, x),
         twice=lambda z: probes.twice(x, z),
         like=x,
         shape=(x.shape[0], x.shape[1], x.shape[2]),
@@ -111,11 +111,15 @@ def _of_map(
             finite = finite and good
             return image if good else torch.zeros_like(image)
 
-        def twice(z: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            image = product(scaled, z)
-            return product(back, image), image, square
+        def both(y: Tensor) -> tuple[Tensor, Tensor]:
+            image = product(scaled, y)
+            return image, product(back, image)
 
-        ops = Products(lambda y: product(scaled, y), lambda z: product(back, z), twice, like, (1, m, n), gamma(m + n))
+        def twice(z: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            image, again = both(z)
+            return again, image, square
+
+        ops = Products(lambda y: product(scaled, y), both, twice, like, (1, m, n), gamma(m + n))
         caller = Caller(dtype, exponent.to(device))
         finite = finite and (values is None or bool(values.isfinite().all()))
         for again in (False, True) if finite else ():

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from gramian.errors import InputError
 from gramian.linalg import certificate as cert
 from gramian.linalg import singular_derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
@@ -23,7 +22,7 @@ from gramian.linalg.engine.krylov import (
     by,
     default_generator,
     exclusion_ratio,
-    gram_rows,
+    forth_and_back,
     lanczos,
     next_check,
     random_rows,
@@ -31,7 +30,7 @@ from gramian.linalg.engine.krylov import (
     top_bound,
     top_vector,
 )
-from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.loading import check, choose, load, over, unscaled
 from gramian.linalg.engine.real_form import real_form, unstacked
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.scaling import scale
@@ -125,7 +124,7 @@ def leading(x: Tensor, rtol: float, generator: torch.Generator | None, certify: 
         back, forth, square = probes.twice(x, z)
         return back, forth, 4 * gamma(m + n) * square
 
-    return _largest(lambda y: gram_rows(y, x), start_of(generator, x, n, x.shape[0]), twice, rtol, certify)
+    return _largest(lambda y: forth_and_back(y, x)[1], start_of(generator, x, n, x.shape[0]), twice, rtol, certify)
 
 
 def leading_vectors(a: Inexact[Tensor, "*b m n"]) -> tuple[Inexact[Tensor, "*b m"], Inexact[Tensor, "*b n"]]:
@@ -135,7 +134,7 @@ def leading_vectors(a: Inexact[Tensor, "*b m n"]) -> tuple[Inexact[Tensor, "*b m
         return unstacked(u[..., None])[..., 0], unstacked(v[..., None])[..., 0]
     batch = load(a)
     x = batch.x
-    found, theta = search(lambda y: gram_rows(y, x), start_of(None, x, x.shape[-1], x.shape[0]), 1e-6)
+    found, theta = search(lambda y: forth_and_back(y, x)[1], start_of(None, x, x.shape[-1], x.shape[0]), 1e-6)
     v = top_vector(found, theta)[:, None] @ found.rows
     v = torch.where(batch.finite[:, None, None], v / norm(v).clamp_min(2.0**-500)[:, None, None], math.nan)
     u = by(v, x.mT)
@@ -287,21 +286,11 @@ def spectral_norm_ex(
     >>> value.item(), certificate.converged.item()
     (4.0, True)
     """
-    if dim == (-2, -1) and not keepdim:
-        return _spectral_norm_ex(a, method=method, rtol=rtol, certify=certify, generator=generator)
-    if not isinstance(a, Tensor) or not is_dense(a):
-        raise InputError("spectral_norm: dim and keepdim are for dense tensors. Leave them out.")
-    check("spectral_norm", a, real=False)
-    first, second = (d + a.ndim if d < 0 else d for d in dim)
-    if first == second or not 0 <= min(first, second) <= max(first, second) < a.ndim:
-        raise InputError(f"spectral_norm: expected two dimensions of {a.ndim}, got dim={dim}.")
-    value, proof = _spectral_norm_ex(
-        a.movedim((first, second), (-2, -1)), method=method, rtol=rtol, certify=certify, generator=generator
-    )
-    if keepdim:
-        for d in sorted((first, second)):
-            value = value.unsqueeze(d)
-    return value, proof
+
+    def of(x: Any) -> tuple[Tensor, Certificate]:
+        return _spectral_norm_ex(x, method=method, rtol=rtol, certify=certify, generator=generator)
+
+    return over("spectral_norm", a, dim, keepdim, of)
 
 
 def spectral_norm(

@@ -8,9 +8,10 @@ power of two, which rounds nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from gramian.errors import DtypeError, InputError, ShapeError
 from gramian.linalg.engine.rounding import norm
 from gramian.linalg.engine.scaling import exponent_above, exponent_of, largest_entry, scale
+
+T = TypeVar("T")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -96,6 +99,25 @@ def check(name: str, a: object, *, square: bool = False, real: bool = True) -> T
             "Pass a Gram matrix, such as gm.linalg.syrk(a)."
         )
     return a
+
+
+def over(
+    name: str, a: Any, dim: tuple[int, int], keepdim: bool, of: Callable[[Any], tuple[Tensor, T]]
+) -> tuple[Tensor, T]:
+    """`of` the matrices that the dimensions `dim` of `a` are; these stay with size 1 in the value if `keepdim`."""
+    if dim == (-2, -1) and not keepdim:
+        return of(a)
+    if not isinstance(a, Tensor) or a.layout != torch.strided:
+        raise InputError(f"{name}: dim and keepdim are for dense tensors. Leave them out.")
+    check(name, a, real=False)
+    first, second = (d + a.ndim if d < 0 else d for d in dim)
+    if first == second or not 0 <= min(first, second) <= max(first, second) < a.ndim:
+        raise InputError(f"{name}: expected two dimensions of {a.ndim}, got dim={dim}.")
+    value, proof = of(a.movedim((first, second), (-2, -1)))
+    if keepdim:
+        for d in sorted((first, second)):
+            value = value.unsqueeze(d)
+    return value, proof
 
 
 def check_dtype(name: str, a: Tensor, *, real: bool = True) -> None:

@@ -51,13 +51,13 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class Products(NamedTuple):
-    """The products that block Krylov needs of matrices A (B, m, n): rows y Aᵀ and z A in the dtype of `like`; in
-    float64, rows z AᵀA and z Aᵀ with ‖A‖_F² (B,), None where it is not known, to within `unit` of ‖A‖_F each; and A, if
-    dense.
+    """The products that block Krylov needs of matrices A (B, m, n): rows y Aᵀ, and y Aᵀ with y AᵀA, in the dtype of
+    `like`; in float64, rows z AᵀA and z Aᵀ with ‖A‖_F² (B,), None where it is not known, to within `unit` of ‖A‖_F
+    each; and A, if dense.
     """
 
     forth: Apply
-    back: Apply
+    both: Callable[[Tensor], tuple[Tensor, Tensor]]
     twice: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
     like: Tensor
     shape: tuple[int, int, int]
@@ -163,8 +163,8 @@ def leading_sum_bound(t: Tensor, coupling: Tensor, outside: Tensor, highest: Ten
     tiny = 1e-15 * w[:, :1].abs()
     size = norm(coupling).sqrt()[:, None]
     # Near the eigenvalues themselves, and closer to `outside` where it is as large as they are.
-    taus = [(room[:, max(0, k * i // 8 - 1), None]).maximum(tiny + 1e-3 * size) for i in (0, 2, 4, 6, 7, 8)]
-    taus += [(room[:, -1:] * share).maximum(tiny + 1e-3 * share * size) for share in (0.3, 1e-2, 1e-5, 1e-8)]
+    taus = [(room[:, max(0, k * i // 8 - 1), None]).maximum(tiny + 1e-3 * size) for i in (4, 6, 7, 8)]
+    taus += [(room[:, -1:] * share).maximum(tiny + 1e-3 * share * size) for share in (0.3, 1e-4)]
     tau = torch.cat(taus, -1)
     raised = t[:, None] + coupling[:, None] / tau.clamp_min(2.0**-900)[..., None, None]
     rounding = 8 * t.shape[-1] * U * torch.linalg.matrix_norm(raised)
@@ -182,8 +182,8 @@ def _loss(squares: Tensor, w: Tensor, k: int, outside: Tensor) -> Tensor:
 
 class Space(NamedTuple):
     """A Krylov space of AᵀA with good approximations of the leading k vectors; the images W Aᵀ; which matrices (B,) the
-    rounding of the dtype makes too inaccurate; and the limits on the norm of AᵀA outside the space (B,): `floor`, or
-    the k-th Ritz value and `slack`.
+    rounding of the dtype makes too inaccurate; the limits on the norm of AᵀA outside the space (B,): `floor`, or the
+    k-th Ritz value and `slack`; and what `leading_sum_bound` is at `floor`, where that is known.
     """
 
     found: Krylov
@@ -191,6 +191,37 @@ class Space(NamedTuple):
     hopeless: Tensor
     floor: Tensor
     slack: Tensor
+    sum: Tensor | None
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    """The images one below the other, stored by columns as `forth_and_back` leaves them, which is faster."""
+    return torch.cat([image.mT for image in images], -1).mT
+
+
+def _coupling(found: Krylov) -> Tensor:
+    """RᵀR (B, p, p), R = F E_qᵀ being what couples the space to the rest."""
+    f, coupling = found.residual.to(torch.float64), torch.zeros_like(found.t)
+    coupling[:, -found.block :, -found.block :] = by(f, f.mT)
+    return coupling
+
+
+def _columns(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Q with orthonormal columns and R in float64, z = QR, of z (B, m, k) whose columns are nearly orthogonal.
+
+    As the images of Ritz vectors are. Then Cholesky's QR is as accurate as Householder's, which waits for all threads
+    at each column. Where they are not, a zero column for one, it is Householder's.
+    """
+    size = z.norm(dim=-2, keepdim=True)
+    unit = z / size.clamp_min(torch.finfo(z.dtype).tiny)
+    wide = unit.to(torch.float64)
+    factor, info = torch.linalg.cholesky_ex(wide.mT @ wide)
+    if bool((info != 0).any()) or not bool((factor.diagonal(dim1=-2, dim2=-1) > 0.9).all()):
+        q, r = torch.linalg.qr(z)
+        return q, r.to(torch.float64)
+    eye = torch.eye(z.shape[-1], dtype=wide.dtype, device=z.device)
+    turn = torch.linalg.solve_triangular(factor.mT, eye, upper=True)
+    return unit @ turn.to(z.dtype), factor.mT * size.to(torch.float64)
 
 
 def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wide: bool) -> Space:
@@ -202,24 +233,27 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
     square = torch.linalg.vector_norm(x, dim=(1, 2)).double() ** 2 if x is not None else None
     hopeless, floor = torch.zeros(b, dtype=torch.bool, device=ops.like.device), ops.like.new_zeros(b).double()
     slack = floor
+    total: Tensor | None = None
     sample = gaussian(generator, ops.like, b, 8, n).to(ops.like.dtype) if square is None else None
     cast = None if sample is None else ops.forth(sample)
 
     def apply(y: Tensor) -> Tensor:
-        images.append(ops.forth(y))
-        return ops.back(images[-1])
+        image, back = ops.both(y)
+        images.append(image)
+        return back
 
     def stop(found: Krylov) -> int:
-        nonlocal hopeless, floor, slack
+        nonlocal hopeless, floor, slack, total
         w, _, residuals = ritz_pairs(found)
         whole = w.sum(-1)
         if square is not None:
             whole = square
         elif sample is not None and cast is not None:
             # About ‖AW‖² + ‖A(I − WWᵀ)‖².
-            shadow = cast - by(by(sample, found.rows.mT), torch.cat(images, -2))
+            shadow = cast - by(by(sample, found.rows.mT), _stacked(images))
             whole = whole + norm(shadow) ** 2 / sample.shape[-2]
-        left = (whole - w[:, -k:].clamp_min(0).sum(-1)).clamp_min(0)
+        captured = w[:, -k:].clamp_min(0).sum(-1)
+        left = (whole - captured).clamp_min(0)
         allowed, size = rtol * whole.sqrt(), left.sqrt()
 
         def worse(by: Tensor) -> Tensor:
@@ -237,15 +271,28 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
         if wide:
             # The norm outside may be as large as the k-th eigenvalue.
             enough = enough & (worse(2 * squares.sqrt().sum(-1)) <= 0.3 * allowed)
-        stuck = norm(found.residual) <= 1e2 * eps * w[:, -1]
-        return int(not bool((enough | stuck | (hopeless & (eps > 1e-12))).all()))
+        lost = (norm(found.residual) <= 1e2 * eps * w[:, -1]) | (hopeless & (eps > 1e-12))
+        if wide or not bool((enough | lost).all()):
+            return int(not bool((enough | lost).all()))
+        # The loss is that of the leading vectors alone. Others, not found yet, may pass them.
+        for share in ALLOWED[::-1]:
+            lower = torch.where(enough, floor, floor.minimum(share * w[:, -k].clamp_min(0)))
+            if total is not None and bool((lower == floor).all()):
+                continue
+            floor = lower
+            total = leading_sum_bound(found.t, _coupling(found), floor, torch.full_like(floor, math.inf), k)
+            enough = worse((total - captured).clamp_min(0)) <= 0.8 * allowed
+            if bool((enough | lost).all()):
+                return 0
+        total = None
+        return 1
 
     limit = max(k + 2 * r, n if wide else n // 2)
     if ops.dense is None:
         limit = min(limit, k + 2 * r + LONGEST)
     start = random_rows(generator, ops.like, b, r, n)
     found = lanczos(apply, start, -(-limit // r), stop=stop, first=-(-k // r) + 1)
-    return Space(found, torch.cat(images, -2), hopeless, floor, slack)
+    return Space(found, _stacked(images), hopeless, floor, slack, total)
 
 
 def _beyond(ops: Products, space: Space, kth: Tensor, generator: torch.Generator) -> tuple[Krylov, Tensor]:
@@ -255,19 +302,24 @@ def _beyond(ops: Products, space: Space, kth: Tensor, generator: torch.Generator
     """
     rows, near = space.found.rows, space.floor
 
-    def outside(y: Tensor) -> Tensor:
-        y = ops.back(ops.forth(y - by(by(y, rows.mT), rows)))
+    def project(y: Tensor) -> Tensor:
         return y - by(by(y, rows.mT), rows)
+
+    def outside(y: Tensor) -> Tensor:
+        return project(ops.both(y)[1])  # y is outside, as the start and all that is projected
 
     def stop(seen: Krylov) -> int:
         nonlocal near
         theta = ritz(seen)
-        near = torch.where(theta < space.floor, space.floor, theta + space.slack)
+        # Rounding leaves the bound a little above this, and within the floor.
+        below = space.floor * (1 - 2.0**-20)
+        near = torch.where(theta < below, below, theta + space.slack)
         small = exclusion_ratio(seen, near[:, None], torch.zeros_like(near)[:, None])[:, 0] < 0.6
         return int(not bool(((theta > kth + 2 * space.slack) | small).all()))
 
     b, _, n = ops.shape
-    return lanczos(outside, random_rows(generator, ops.like, b, min(OUTSIDE, n), n), 24, stop=stop, first=3), near
+    start = project(random_rows(generator, ops.like, b, min(OUTSIDE, n), n))
+    return lanczos(outside, start, 24, stop=stop, first=3), near
 
 
 def by_products(
@@ -297,8 +349,8 @@ def by_products(
     dtype = ops.like.dtype
     w, s = lapack.small_eigh(found.t)
     chosen = s[:, :, -k:].flip(-1).mT.to(dtype)
-    q, upper = torch.linalg.qr(by(chosen, images).mT)
-    left, sigma, right, ok = lapack.svd(upper.to(torch.float64))
+    q, upper = _columns(by(chosen, images).mT)
+    left, sigma, right, ok = lapack.svd(upper)
     turn = by(right.mT.to(dtype), chosen)
     value, factors = caller.rounded(q @ left.to(dtype), sigma, by(turn, found.rows).mT)
     reason = torch.where(ok & ~(hopeless & (dtype != torch.float64)), cert.NONE, cert.INACCURATE)
@@ -348,17 +400,14 @@ def by_products(
     inner = by(basis, basis.mT)
     kept = torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.5).to(inner.dtype))
     blur = blur + 2 * above * norm(inner - kept) + norm(by(basis, f.mT))
-    coupling = torch.zeros_like(found.t)
-    coupling[:, -r:, -r:] = by(f, f.mT)
-    highest = torch.full_like(outside, math.inf)
-    if bool((outside > CLUSTERED * w[:, -k]).any()):
-        # Where the space holds only a part of a cluster, the bound on the largest eigenvalue is the best for each.
-        highest = top_bound(found, w[:, -1], w[:, -1] + space.slack, noise=blur)
-    top = (
-        leading_sum_bound(found.t, coupling, outside, highest, k)
-        + math.sqrt(2 * k) * blur
-        + 8 * (k + 1) * p * U * above
-    )
+    total = space.sum
+    if total is None or bool((outside > space.floor).any()):
+        highest = torch.full_like(outside, math.inf)
+        if bool((outside > CLUSTERED * w[:, -k]).any()):
+            # Where the space holds only a part of a cluster, the bound on the largest eigenvalue is the best for each.
+            highest = top_bound(found, w[:, -1], w[:, -1] + space.slack, noise=blur)
+        total = leading_sum_bound(found.t, _coupling(found), outside, highest, k)
+    top = total + math.sqrt(2 * k) * blur + 8 * (k + 1) * p * U * above
     if square is not None:
         optimum = (square * (1 - 8 * ops.unit) - top).clamp_min(0).sqrt()
         bound, missed = excess(factors, reached, off, square, optimum, ops.unit, ops.dense)

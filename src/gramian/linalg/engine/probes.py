@@ -150,7 +150,7 @@ def twice(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     One pass over x, which is widened in parts that fit the cache.
     """
     b, m, n = x.shape
-    forth, back, square = z.new_empty(b, z.shape[-2], m), torch.zeros_like(z), z.new_zeros(b)
+    forth, back, square = z.new_empty(b, m, z.shape[-2]), torch.zeros_like(z), z.new_zeros(b)
     rows = max(64, PART // max(1, n))
     wide = x.dtype == torch.float64
     count = 0 if wide else min(rows, m)
@@ -161,8 +161,7 @@ def twice(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for start in range(0, m, rows):
             part = x[i, start : start + rows]
             part = part if wide else buffer[: part.shape[0]].copy_(part)
-            image = (part @ columns).mT
-            forth[i, :, start : start + rows] = image
-            back[i].addmm_(image, part)
+            image = torch.mm(part, columns, out=forth[i, start : start + rows])
+            back[i].addmm_(image.mT, part)
             square[i] += torch.linalg.vector_norm(part) ** 2
-    return back, forth, square
+    return back, forth.mT, square
