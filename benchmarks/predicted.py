@@ -90,7 +90,7 @@ def main(names: list[str]) -> None:
         told = gm.compress(model, given, objective, held_out=held_out, of="factorable", keep=0.9)
         print(f"{name}\n| removed | rise | without | with held_out |\n|-|-|-|-|")
         for removed in SHARES:
-            cells = []
+            cells, rise, noise = [], math.nan, math.nan
             for i, plan in enumerate((plain, told)):
                 part = plan.at(keep=1 - removed)
                 rise, noise = rises(model, part.apply(), objective, fresh)
