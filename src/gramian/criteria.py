@@ -43,7 +43,7 @@ def cross_entropy(
         ignore_index: the label that has no loss.
         padding: the input token whose rows do not count.
 
-    Returns: predict, criterion, sampled, gauss_newton and rows.
+    Returns: predict, criterion, sampled, gauss_newton, divergence and rows.
     Raises:
         InputError: a weight or a smoothing that is out of range.
     Cost: none.
@@ -168,6 +168,13 @@ def cross_entropy(
         losses = nn.functional.cross_entropy(scores, drawn, reduction="none", ignore_index=ignore_index)
         yield (torch.where(roots > 0, losses, 0.0) * roots).sum()
 
+    def divergence(output: Any, reference: Any, batch: Any) -> Tensor:
+        scores, labels, weights = flat(output, batch)
+        before, after = flat(reference, batch)[0].log_softmax(-1), scores.log_softmax(-1)
+        each = torch.where(before.isneginf(), 0.0, before.exp() * (before - after)).sum(-1)
+        counted = counts(scores, labels, weights, label_smoothing)
+        return (torch.where(counted > 0, each, 0.0) * counted).sum()
+
     def gauss_newton(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
         # diag(p) − ppᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ: one loss per class, each example weighted by √p_c.
         scores, labels, weights = flat(output, batch)
@@ -182,6 +189,7 @@ def cross_entropy(
         "criterion": criterion,
         "sampled": sampled,
         "gauss_newton": gauss_newton,
+        "divergence": divergence,
         "rows": unpadded(padding),
     }
 
@@ -194,7 +202,7 @@ def squared_error(target: Callable[[Any], Tensor], *, checks: bool) -> dict[str,
         checks: whether a target that is not finite is refused; that of a reconstruction is the input, whose faults the
             diagnosis reports.
 
-    Returns: predict, criterion, sampled, gauss_newton and rows.
+    Returns: predict, criterion, sampled, gauss_newton, divergence and rows.
     Raises: nothing of its own.
     Cost: none.
     Source: the definition.
@@ -256,6 +264,11 @@ def squared_error(target: Callable[[Any], Tensor], *, checks: bool) -> dict[str,
         noise = torch.empty_like(found).normal_(generator=generator)  # labels from N(output, 1)
         yield ((noise if weights is None else noise * weights.sqrt().unsqueeze(-1)) * found).sum()
 
+    def divergence(output: Any, reference: Any, batch: Any) -> Tensor:
+        found, _, weights = rows(output, batch)
+        losses = (found - rows(reference, batch)[0]).square().sum(-1)
+        return 0.5 * (losses if weights is None else torch.where(weights > 0, losses, 0.0) * weights).sum()
+
     def gauss_newton(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
         found, _, weights = rows(output, batch)
         found = found if weights is None else found * weights.sqrt().unsqueeze(-1)
@@ -268,6 +281,7 @@ def squared_error(target: Callable[[Any], Tensor], *, checks: bool) -> dict[str,
         "criterion": criterion,
         "sampled": sampled,
         "gauss_newton": gauss_newton,
+        "divergence": divergence,
         "rows": unpadded(None),
     }
 

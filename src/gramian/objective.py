@@ -32,6 +32,8 @@ Criterion = Callable[[Any, Any], tuple[Tensor, "Tensor | int"]]
 # outer products of their gradients is the Fisher matrix (sampled) or the Gauss–Newton matrix (exact).
 Factor = Callable[[Any, Any, torch.Generator], Iterator[Tensor]]
 Padding = Callable[[Any], Tensor | None]
+# (output, reference output, batch) -> how far apart they are, summed over units.
+Divergence = Callable[[Any, Any, Any], Tensor]
 
 
 class Observer(Protocol):
@@ -67,6 +69,8 @@ class Objective:
         against: `against(teacher, remember=0) -> objective`, for an objective whose targets are a model's outputs: the
             same with those of another model, of which so many numbers are kept, by the object that a batch is; or
             `None`.
+        divergence: `divergence(output, reference, batch)`: what the loss of an output is above that of a reference,
+            summed over units, if labels are drawn from the reference; or `None`, where that is not known.
 
     Raises: nothing of its own; `loss` and `losses` raise InputError.
     Cost: none.
@@ -87,6 +91,7 @@ class Objective:
     gauss_newton: Factor | None = None
     rows: Padding | None = None
     against: Callable[..., Objective] | None = None
+    divergence: Divergence | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.criterion, "observed"):

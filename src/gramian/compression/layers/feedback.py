@@ -63,8 +63,8 @@ class Feedback:
     @property
     def costs(self) -> Tensor:
         """(n,), `1 / U_jj²` of the columns as they stand in the matrix: what a squared error of each costs."""
-        costs = torch.empty_like(self.diagonal)
-        costs[self.order] = self.diagonal.square().reciprocal()
+        costs = torch.empty_like(self.diagonal, dtype=torch.float64)  # of tiny numbers the squares underflow
+        costs[self.order] = self.diagonal.double().square().reciprocal()
         return costs
 
     def reordered(self, order: Tensor) -> Feedback:

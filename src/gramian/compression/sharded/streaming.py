@@ -23,13 +23,12 @@ from gramian.compression.calibration.calibrating import (
     ROWS,
     VANISHES,
     Calibration,
-    Reader,
     around_output,
-    cuttable,
     draws_for,
     redrawn,
 )
 from gramian.compression.calibration.correcting import corrected_by, parts_of
+from gramian.compression.calibration.reading import Reader, cuttable
 from gramian.compression.calibration.samplewise import PART, draws_of, samples_of
 from gramian.compression.calibration.targets import Target, targets
 from gramian.compression.calibration.weighting import Uncaptured, weighting
