@@ -32,6 +32,7 @@ RUNS: tuple[tuple[str, float | None, dict[str, Any]], ...] = (
     ("muon", 0.1, {}),
     ("muon", None, {}),
     ("muon", None, {"rtol": 0.01}),
+    ("balanced", None, {}),
     ("shampoo", None, {}),
     ("shampoo", None, {"damping": 1e-3}),
     ("soap", None, {}),

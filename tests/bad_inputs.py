@@ -108,6 +108,8 @@ FIELDS = {
         "integers": "lambda: nn.ParameterList([nn.Parameter(torch.ones(8, 2).long(), requires_grad=False)])",
         "an embedding": "lambda: nn.Embedding(8, 2)",
         "sparse": "lambda: nn.ParameterList([nn.Parameter(torch.eye(8).to_sparse())])",
+        "computed": "lambda: (lambda m: (m.body[0]._parameters.update(weight=m.body[0].weight * 1), m)[1])(Net())",
+        "no module inside": "type('M', (nn.Module,), {'__init__': lambda self: None})",
         "one output for two classes": "lambda: nn.Linear(8, 1)",
     },
     "forward": {
@@ -212,7 +214,7 @@ FIELDS = {
     },
     "name": {"a number": "3", "None": "None"},
     "source": {"a number": "3"},
-    "pictures": {"a number": "3"},
+    "pictures": {"a number": "3", "gives text": "lambda model: 'abc'", "gives numbers": "lambda model: [1, 2]"},
 }
 
 # Files that are no good task files; each with what stands in it.
@@ -306,7 +308,7 @@ FLAGS = {
     "--ema": ["x", "1", "1.5", "-0.1", "nan", "inf"],
     "--best": ["accuracy", "max:", ":accuracy", "max:nothing", "MAX:accuracy", "max accuracy", "max:accuracy:1", ""],
     "--seed": ["x", "-1", "1.5", "nan", "9223372036854775808"],
-    "--timeout": ["x", "0", "-1", "nan"],
+    "--timeout": ["x", "0", "-1", "nan", "inf"],
     "--compare": ["adamw,nothing", ",", "adamw,,sgd", "adamw;sgd", "adamw,adamw"],
     "--html": ["x.pdf", "x", "absent/x.html", "folder", "good.py/x.html", "a\0b.html", "y" * 5000 + ".html"],
     "--out": ["good.py", "good.py/run", "", "y" * 5000, "a\0b", "dangling", "/proc/self/run", "/dev/null"],
@@ -342,6 +344,8 @@ CONFIGS = {
     "control characters": 'optimizer = "\\u001b[31m"\n',
     "itself": 'config = "itself.toml"\n',
     "deep": "augment = " + "[" * 2000 + "]" * 2000 + "\n",
+    "a list for a folder": 'out = ["a"]\n',
+    "a table for a folder": "out = {a = 1}\n",
     "an empty key": '"" = 3\n',
     "a section": "[train]\nsteps = 3\n",
     "not closed": 'optimizer = "muon\n',
@@ -609,12 +613,18 @@ CHANGED = {
     "an average": ["--ema", "0.9"],
 }
 
+# Of torchrun.
+RANK = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
 ENVIRONMENTS = {
     "a world of text": {"WORLD_SIZE": "two"},
-    "a world of zero": {"WORLD_SIZE": "2"},
-    "a rank of text": {"WORLD_SIZE": "2", "RANK": "first", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-    "a rank too large": {"WORLD_SIZE": "2", "RANK": "7", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"},
-    "a port of text": {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
+    "a world below zero": {"WORLD_SIZE": "-2"},
+    "a world too large": RANK | {"WORLD_SIZE": "9" * 30},
+    "a world alone": {"WORLD_SIZE": "2"},
+    "a rank of text": RANK | {"RANK": "first"},
+    "a rank below zero": RANK | {"RANK": "-1"},
+    "a rank too large": RANK | {"RANK": "7"},
+    "a port of text": RANK | {"MASTER_PORT": "x"},
+    "a port too large": RANK | {"MASTER_PORT": "99999"},
 }
 
 

@@ -36,12 +36,11 @@ def test_there_are_three_hundred_and_more() -> None:
 NAMES = [pytest.param(name, marks=pytest.mark.slow if place % 4 else ()) for place, name in enumerate(bad_inputs.CASES)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_bad_input_is_one_line(folder: Path, capfd, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def check(folder: Path, capfd, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     before = content(folder)
-    code = main(list(bad_inputs.CASES[name]))
+    code = main(arguments)
     err = capfd.readouterr().err
     assert code == 2, err
     lines = [line for line in err.splitlines() if line.startswith("gramian: ")]
@@ -49,3 +48,16 @@ def test_a_bad_input_is_one_line(folder: Path, capfd, monkeypatch: pytest.Monkey
     assert "Traceback" not in err
     assert all(letter.isprintable() for letter in err.replace("\n", "").replace("\r", ""))
     assert content(folder) == before, "nothing is written"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_input_is_one_line(folder: Path, capfd, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    check(folder, capfd, monkeypatch, list(bad_inputs.CASES[name]))
+
+
+def test_a_bad_environment_is_one_line(folder: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variables in bad_inputs.ENVIRONMENTS.values():
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            check(folder, capfd, patch, bad_inputs.train())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -307,15 +308,15 @@ def test_a_model_in_training_mode_stays_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("first", [0, 8])
-def test_hostile_cases_are_refused_or_told_and_give_finite_models(first: int) -> None:
+@pytest.mark.parametrize("seeds", [range(8), [*range(8, 16), 70493]])  # the last has squares that overflow
+def test_hostile_cases_are_refused_or_told_and_give_finite_models(seeds: Sequence[int]) -> None:
     """Some of those of `benchmarks/compress_hostile.py`, which has 1,000."""
     spec = importlib.util.spec_from_file_location("compress_hostile", BENCHMARKS / "compress_hostile.py")
     assert spec is not None
     assert spec.loader is not None
     hostile = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hostile)
-    found = {seed: hostile.outcome(seed) for seed in range(first, first + 8)}
+    found = {seed: hostile.outcome(seed) for seed in seeds}
     assert {seed: how for seed, how in found.items() if how not in ("refused", "told", "planned")} == {}
 
 
@@ -352,16 +353,19 @@ def test_a_prediction_does_not_depend_on_the_unit_of_the_loss(scale: float) -> N
 
 
 def test_the_rise_on_new_data_is_told_from_held_out_data() -> None:
-    """A model that knows its training data by heart loses there what it does not lose on others."""
+    """A model that knows its training data by heart loses there what it does not lose on others.
+
+    Without data held out, the rise is that on the training data, and its interval one for others.
+    """
     torch.manual_seed(0)
     teacher, model = nn.Linear(24, 4), nn.Sequential(nn.Linear(24, 96), nn.ReLU(), nn.Linear(96, 4))
 
-    def drawn(num: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    def drawn(num: int, seed: int, size: int = 640) -> list[tuple[Tensor, Tensor]]:
         x = torch.randn(num, 24, generator=seeded(seed))
-        noise = -torch.rand(num, 4, generator=seeded(seed + 1)).log().log().neg()
-        return list(zip(x.split(32), (teacher(x) + noise).argmax(-1).split(32), strict=True))
+        noise = -(-torch.rand(num, 4, generator=seeded(seed + 1)).log()).log()  # labels are drawn from the teacher
+        return list(zip(x.split(size), (teacher(x) + noise).argmax(-1).split(size), strict=True))
 
-    known, judges, fresh = drawn(256, 1), drawn(3200, 3), drawn(6400, 5)
+    known, judges, fresh = drawn(256, 1, 32), drawn(6400, 3), drawn(6400, 5)
     optimizer, objective = torch.optim.Adam(model.parameters(), 1e-2), gm.Objective.classification()
     for _ in range(40):
         for batch in known:
@@ -375,17 +379,65 @@ def test_the_rise_on_new_data_is_told_from_held_out_data() -> None:
     plan = compress(model, known, objective, held_out=judges, of="factorable", keep=0.5)
     stats = compress(model, gm.capture(model, known, objective), objective, held_out=judges, of="factorable", keep=0.5)
     trained = compress(model, known, objective, of="factorable", keep=0.5)
-    for removed in (0.25, 0.4, 0.5, 0.6):
+    for removed in (0.3, 0.6):
         for one in (plan, stats):
             part = one.at(keep=1 - removed)
             rise, told = loss(part.apply()) - loss(model), part.predicted
-            assert told.rise == pytest.approx(rise, rel=0.2)
+            assert told.rise == pytest.approx(rise, rel=0.2, abs=0.05)  # known to 0.03 on the fresh data
             assert told.low <= rise <= told.high
-    part = trained.at(keep=0.5)
-    rise, told = loss(part.apply()) - loss(model), part.predicted
-    assert not told.low <= rise <= told.high
+        part = trained.at(keep=1 - removed)
+        rise, told = loss(part.apply()) - loss(model), part.predicted
+        assert told.low <= rise < 0 < told.rise
+        assert str(told).startswith("rise of the mean loss at most ")
     with pytest.raises(InputError, match="no batches"):
         compress(model, known, objective, held_out=[])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_divergence_is_the_rise_expected_of_labels_from_the_reference(smoothing: float) -> None:
+    output, reference, weights = torch.randn(6, 5), torch.randn(6, 5), torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0, 3.0])
+    reference[0, 2] = output[0, 2] = -torch.inf
+    labels = torch.full((6,), 1)
+    labels[4] = -100
+    objective = gm.Objective.classification(label_smoothing=smoothing)
+    found = objective.divergence(output, reference, (None, labels, weights))  # type: ignore[misc]
+    plain, expected = gm.Objective.classification(), 0.0
+    for i in (0, 1, 3, 5):
+        for c, p in enumerate(reference[i].softmax(-1).tolist()):
+            before, after = (
+                plain.criterion(one[i : i + 1], (None, torch.tensor([c])))[0] for one in (reference, output)
+            )
+            expected += float(weights[i]) * p * float(after - before) if p else 0.0
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    squared = gm.Objective.regression().divergence(output[1:], reference[1:], (None, reference[1:], weights[1:]))  # type: ignore[misc]
+    assert float(squared) == pytest.approx(float(0.5 * weights[1:] @ (output - reference)[1:].square().sum(1)))
+
+
+def test_more_labels_are_kept_of_batches_that_the_statistics_have_seen() -> None:
+    """Drawn from all of them; batches kept apart that have no label say nothing, and the others do."""
+    torch.manual_seed(0)
+    model, objective = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), gm.Objective.classification()
+    given = [(torch.randn(8, 8), torch.randint(4, (8,))) for _ in range(96)]
+    measure = calibrate(model, (batch for batch in given), objective).measure
+    assert measure is not None
+    places = {id(batch): i for i, batch in enumerate(given)}
+    apart, more = ([places[id(batch)] for batch in part] for part in (measure.batches, measure.more))
+    assert apart == list(range(7, 64, 8))
+    assert len(more) == 24
+    assert not set(apart) & set(more)
+    assert min(more) < 12
+    assert max(more) >= 84
+    assert calibrate(model, given, objective, held_out=given[:3]).measure.more == []  # type: ignore[union-attr]
+    few = [(x, torch.full_like(y, -100) if i == 7 else y) for i, (x, y) in enumerate(given[:10])]
+    told = compress(model, few, objective, of="factorable", keep=0.6).predicted
+    assert math.isfinite(told.high)
+
+
+def test_held_out_data_that_the_model_cannot_run_on_are_told() -> None:
+    model, objective = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), gm.Objective.classification()
+    given = [(torch.randn(8, 8), torch.randint(4, (8,))) for _ in range(8)]
+    with pytest.raises(InputError, match=r"0 \(Linear\) got a tensor of shape \(8, 3\)"):
+        compress(model, given, objective, held_out=[given[0], (torch.randn(8, 3), given[0][1])])
 
 
 def test_a_rise_that_is_plain_takes_no_more_batches_than_it_needs() -> None:

@@ -15,10 +15,13 @@ from torch import nn
 import gramian as gm
 from gramian.cli import main
 from gramian.compression.sharded.holding import as_bytes
+from gramian.compression.sharded.journal import Journal, Remaining
+from gramian.compression.sharded.losses import loss_of
 from gramian.compression.sharded.passing import Item
+from gramian.compression.sharded.sharded_plan import was_stopped
 from gramian.compression.sharded.shards import OUTSIDE, Shards
 from gramian.compression.sharded.spool import Spool
-from gramian.compression.sharded.streaming import loss_of
+from gramian.compression.sharded.streaming import compress_shards
 from gramian.compression.sharded.sweeping import Sweep
 from gramian.errors import CheckpointError, InputError, UnsupportedError
 from gramian.recording.onepass import captured
@@ -114,6 +117,70 @@ def test_a_folder_becomes_what_the_model_becomes(tmp_path: Path, make, num: int)
     assert not spool.exists()
 
 
+def test_a_run_that_was_stopped_goes_on_after_the_parts_that_are_done(tmp_path: Path) -> None:
+    folder, scratch = saved(tmp_path, llama()), tmp_path / "small"
+    scratch.mkdir()
+    given, asked = batches(3), [f"model.layers.{i}.mlp.{side}_proj" for i in (0, 1) for side in ("up", "down")]
+    told: list[tuple[float, str]] = []
+
+    def tell(stage: str, share: float, remark: str) -> None:
+        if stage == "Factor":
+            told.append((share, remark))
+            if remark.startswith(asked[0]) and len(told) == 3:
+                raise KeyboardInterrupt
+
+    whole = compress_shards(folder, given, NEXT, include=asked)
+    with pytest.raises(KeyboardInterrupt):
+        compress_shards(folder, given, NEXT, include=asked, scratch=scratch, tell=tell)
+    assert [remark.split(",")[0] for _, remark in told] == [*asked[2:], asked[0]]
+    assert [share for share, _ in told] == [0.25, 0.5, 0.75]
+    assert all(remark.endswith(" left") for _, remark in told)
+    assert was_stopped(scratch)
+    plan = compress_shards(folder, given, NEXT, include=asked, scratch=scratch, tell=tell)
+    assert told[3] == (0.0, "2 of 4 layers were done before")
+    assert [remark.split(",")[0] for _, remark in told[4:]] == asked[:2]
+    assert plan.ranks == whole.ranks
+    for one, other in zip(plan.spectra, whole.spectra, strict=True):
+        assert torch.equal(one.values, other.values)
+        left, right = (each.spool.get(f"factors.{one.name}") for each in (plan, whole))
+        assert all(torch.equal(left[name], right[name]) for name in right)
+    (scratch / "model-00001-of-00003.safetensors").write_bytes(b"half")  # as if it was stopped here
+    plan.write(scratch)
+    del plan
+    assert not list(scratch.glob("gramian-*"))
+    assert not was_stopped(scratch)
+
+
+def test_the_time_that_is_left_counts_layers_and_what_lies_between_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 100.0, 110.0, 140.0, 240.0, 250.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    remaining = Remaining({"a": 1, "b": 3, "c": 1}, 2)
+    remaining.begin()
+    assert remaining.after("a") == (0.2, "2 min 20 s")  # 4 × 10 s, and 100 s between
+    assert remaining.after("b") == (0.8, "1 min 50 s")
+    remaining.begin()
+    assert remaining.after("c") == (1.0, "0.0 s")
+
+
+def test_what_is_done_of_another_run_does_not_count(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, "x")
+    Journal({"losses": [1.5, 2.0]}, ["block"]).save(spool)
+    assert Journal.found(spool, {"losses": [1.5, 2.0]}).parts == ["block"]
+    assert Journal.found(spool, {"losses": [1.5, 2.25]}).parts == []
+    other = Spool(tmp_path, "x")  # in use, so one of its own
+    assert other.folder != spool.folder
+    place = spool.folder
+    spool.keep()
+    del spool
+    assert place.exists()
+    again = Spool(tmp_path, "x")
+    assert again.folder == place
+    again.path("journal").write_bytes(b"torn")
+    assert Journal.found(again, {"losses": [1.5, 2.0]}).parts == []
+    again.close()
+    assert not place.exists()
+
+
 def test_no_more_than_one_part_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path, llama())
     live: list[Any] = []
@@ -137,8 +204,6 @@ def test_no_more_than_one_part_is_in_memory(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_memory_is_told_and_batches_are_cut_to_fit_it(tmp_path: Path) -> None:
-    from gramian.compression.sharded.streaming import compress_shards
-
     folder, given = saved(tmp_path, llama()), batches(3)
     told: list[str] = []
     plan = compress_shards(folder, given, NEXT, tell=lambda stage, share, remark: told.append(remark))

@@ -232,6 +232,26 @@ def test_a_row_says_what_tests_need_and_no_more(name: str) -> None:
     assert checks_of(name).exempt <= set(registry.Property.__args__)
 
 
+# --- formulas ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("longest", [1, 2])
+def test_cholesky_factors_do_as_well_as_roots(longest: int) -> None:
+    """The direction of BalancedMuon, by eigendecompositions."""
+    recipe, g = recipe_of("balanced"), torch.randn(1, 4, 8, dtype=torch.float64, generator=seeded(0))
+    options = group_of("balanced", longest=longest, rtol=1e-10, damping=0.3)
+    context = StepContext(torch.ones(1, 1, 1, dtype=torch.float64), True, None, options)
+    found = recipe.update(g.clone(), recipe.init(g, options), context)
+
+    def root(moment: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(moment / moment.trace() * len(moment) + 0.3 * torch.eye(len(moment)))
+        return vectors * values.rsqrt() @ vectors.mT
+
+    p, q = root(g[0] @ g[0].mT), root(g[0].mT @ g[0]) if longest == 2 else torch.eye(8, dtype=torch.float64)
+    wanted = p @ gm.linalg.polar(p @ g[0] @ q) @ q
+    torch.testing.assert_close(found[0], wanted * 2 / wanted.norm(), rtol=0, atol=checks_of("balanced").accuracy)
+
+
 # --- a direction that is unlike the others ----------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from gramian.optim import OPTIMIZERS
 from gramian.report import Action, Finding, Report
 from gramian.training import start
 from gramian.training.suggesting import suggested
+from gramian.training.usual import usual
 from zoo import ZOO
 
 X = torch.randn(96, 6, generator=seeded(0))
@@ -385,3 +386,26 @@ def test_a_rate_in_words_is_auto_or_refused(lr) -> None:
         gm.train(task(), steps=2, lr=lr)
     with pytest.raises(InputError, match="unknown optimizer 'adagrad'"):
         gm.train(task(), steps=2, optimizer="adagrad", lr="auto")
+
+
+def test_a_usual_batch_has_the_loss_and_the_units_of_any_other() -> None:
+    """Bitwise, with its gradients; also where labels are ignored, and where something is wrong."""
+    network, objective = nn.Linear(5, 3), gm.Objective.classification()
+    x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    some, none = y.clone().index_fill_(0, torch.tensor([1, 4]), -100), torch.full((8,), -100)
+    summed = usual(network, objective)
+    for labels in (y, some, none, y.int()):
+        found, wanted = summed((x, labels)), objective.summed(network, (x, labels))
+        assert torch.equal(found[0], wanted[0])
+        assert found[1] == wanted[1]
+        gradients = [torch.autograd.grad(loss, [*network.parameters()]) for loss, _ in (found, wanted)]
+        assert all(map(torch.equal, *gradients))
+    for wrong in ((x, y + 1), (x, y[:3]), (x.double(), y)):
+        told = []
+        for function in (summed, lambda batch: objective.summed(network, batch)):
+            with pytest.raises(gm.errors.InputError) as caught:
+                function(wrong)
+            told.append(str(caught.value))
+        assert told[0] == told[1]
+    with pytest.raises(gm.errors.InputError, match="no classification"):
+        usual(nn.Linear(5, 1), objective)((x, y))

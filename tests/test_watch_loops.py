@@ -215,22 +215,22 @@ def test_small_tensors_of_ones_own_are_looked_at_in_one_call() -> None:
         torch.randn(2, 6, generator=g)[:, ::2],
     ]
     kept = [t.clone() for t in small]
-    assert all_finite(small, owned=True)
+    assert all_finite(small, flag=torch.zeros(()))
     assert all(torch.equal(t, k) for t, k in zip(small, kept, strict=True))
     for t, k in zip(small, kept, strict=True):
         for value in (float("nan"), float("inf"), -float("inf")):
             t[(-1,) * t.ndim] = value
-            assert not all_finite(small, owned=True)
+            assert not all_finite(small, flag=torch.zeros(()))
         t.copy_(k)
-    assert all_finite([torch.full((4,), 3e38)], owned=True)
+    assert all_finite([torch.full((4,), 3e38)], flag=torch.zeros(()))
     for other in (torch.eye(3).to_sparse(), torch.ones(()).expand(4), torch.ones(2, dtype=torch.complex64)):
-        assert all_finite([*small, other], owned=True)  # which that call refuses
-        assert not all_finite([*small, other * float("inf")], owned=True)
+        assert all_finite([*small, other], flag=torch.zeros(()))  # which that call refuses
+        assert not all_finite([*small, other * float("inf")], flag=torch.zeros(()))
     large = torch.zeros(2**14)
-    assert all_finite([large, *small], owned=True)
+    assert all_finite([large, *small], flag=torch.zeros(()))
     for t, at in ((large, 5), (small[1], 3)):
         t[at] = float("nan")
-        assert not all_finite([large, *small], owned=True)
+        assert not all_finite([large, *small], flag=torch.zeros(()))
         t[at] = 0.0
 
 

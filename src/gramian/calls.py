@@ -22,6 +22,7 @@ __all__ = [
     "as_module",
     "called",
     "check_values",
+    "explain",
     "prepared",
     "tensor_of",
     "unwrapped",
@@ -261,10 +262,29 @@ def called(model: nn.Module, batch: Any) -> Any:
     try:
         return model(*args, **kwargs)
     except (RuntimeError, TypeError, AttributeError) as error:
-        hint = _dtype_hint(model, [*args, *kwargs.values()], str(error))
-        hint = hint or _type_hint(model, parts(batch).inputs, str(error))
-        if hint is None:
-            raise
+        explain(error, model, batch, [*args, *kwargs.values()])
+        raise
+
+
+def explain(error: Exception, model: nn.Module, batch: Any, given: Sequence[Any]) -> None:
+    """Raise what is to be written where a call of the model failed because of its inputs' kinds; else nothing.
+
+    Args:
+        error: of the call.
+        model: that was called.
+        batch: whose inputs it was given.
+        given: the arguments of the call.
+
+    Returns: nothing.
+    Raises:
+        InputError: the inputs are no tensors, or of another dtype than the weights.
+    Cost: none.
+    Source: this library's own.
+
+    >>> explain(ValueError("else"), nn.Linear(2, 2), torch.ones(1, 2), [torch.ones(1, 2)])
+    """
+    hint = _dtype_hint(model, given, str(error)) or _type_hint(model, parts(batch).inputs, str(error))
+    if hint is not None:
         raise InputError(hint) from error
 
 

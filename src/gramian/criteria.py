@@ -15,6 +15,11 @@ from gramian.errors import InputError
 
 __all__ = ["cross_entropy", "own_output", "squared_error"]
 
+# torch counts labels in float32, whose whole numbers end here.
+LARGEST_COUNT = 2**24
+
+_nll_loss = torch.ops.aten.nll_loss_forward.default
+
 
 def _wide(t: Tensor) -> Tensor:
     """At least float32, in which losses are summed."""
@@ -38,7 +43,7 @@ def cross_entropy(
         ignore_index: the label that has no loss.
         padding: the input token whose rows do not count.
 
-    Returns: predict, criterion, sampled, gauss_newton and rows.
+    Returns: predict, criterion, sampled, gauss_newton, divergence and rows.
     Raises:
         InputError: a weight or a smoothing that is out of range.
     Cost: none.
@@ -124,6 +129,29 @@ def cross_entropy(
             return total(scores, labels, None), torch.count_nonzero(labels != ignore_index)
         return total(scores, labels, weights), counts(scores, labels, weights).sum()
 
+    def counted(scores: Any, labels: Tensor) -> tuple[Tensor, float] | None:
+        """The criterion of scores (N, C) and labels (N,), with the units as a number; `None` for all others.
+
+        These are the two operations that torch's cross-entropy comes to; the second counts the labels.
+        """
+        if type(scores) is not Tensor or scores.dtype is not torch.float32 or labels.dtype is not torch.int64:
+            return None
+        if scores.ndim != 2 or scores.shape[1] == 1 or not len(labels) < LARGEST_COUNT:
+            return None
+        try:
+            losses, number = _nll_loss(torch.log_softmax(scores, 1), labels, None, 2, ignore_index)
+            return losses, number.item()
+        except (IndexError, RuntimeError):  # the criterion says what is wrong
+            return None
+
+    if is_plain and not label_smoothing:
+        criterion.counted = counted  # type: ignore[attr-defined]
+
+    def predict(model: nn.Module, batch: Any) -> Any:
+        return select(called(model, batch), batch)
+
+    predict.is_call = True  # type: ignore[attr-defined]
+
     # The Hessian of a label's loss in its scores is diag(p) − ppᵀ times how much it counts, whatever the label. So the
     # two factors that estimate it multiply each loss by the square root of that.
 
@@ -140,6 +168,13 @@ def cross_entropy(
         losses = nn.functional.cross_entropy(scores, drawn, reduction="none", ignore_index=ignore_index)
         yield (torch.where(roots > 0, losses, 0.0) * roots).sum()
 
+    def divergence(output: Any, reference: Any, batch: Any) -> Tensor:
+        scores, labels, weights = flat(output, batch)
+        before, after = flat(reference, batch)[0].log_softmax(-1), scores.log_softmax(-1)
+        each = torch.where(before.isneginf(), 0.0, before.exp() * (before - after)).sum(-1)
+        counted = counts(scores, labels, weights, label_smoothing)
+        return (torch.where(counted > 0, each, 0.0) * counted).sum()
+
     def gauss_newton(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
         # diag(p) − ppᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ: one loss per class, each example weighted by √p_c.
         scores, labels, weights = flat(output, batch)
@@ -150,10 +185,11 @@ def cross_entropy(
             yield (factors[:, c] * -scores.log_softmax(-1)[:, c]).sum()
 
     return {
-        "predict": lambda model, batch: select(called(model, batch), batch),
+        "predict": predict,
         "criterion": criterion,
         "sampled": sampled,
         "gauss_newton": gauss_newton,
+        "divergence": divergence,
         "rows": unpadded(padding),
     }
 
@@ -166,7 +202,7 @@ def squared_error(target: Callable[[Any], Tensor], *, checks: bool) -> dict[str,
         checks: whether a target that is not finite is refused; that of a reconstruction is the input, whose faults the
             diagnosis reports.
 
-    Returns: predict, criterion, sampled, gauss_newton and rows.
+    Returns: predict, criterion, sampled, gauss_newton, divergence and rows.
     Raises: nothing of its own.
     Cost: none.
     Source: the definition.
@@ -228,6 +264,11 @@ def squared_error(target: Callable[[Any], Tensor], *, checks: bool) -> dict[str,
         noise = torch.empty_like(found).normal_(generator=generator)  # labels from N(output, 1)
         yield ((noise if weights is None else noise * weights.sqrt().unsqueeze(-1)) * found).sum()
 
+    def divergence(output: Any, reference: Any, batch: Any) -> Tensor:
+        found, _, weights = rows(output, batch)
+        losses = (found - rows(reference, batch)[0]).square().sum(-1)
+        return 0.5 * (losses if weights is None else torch.where(weights > 0, losses, 0.0) * weights).sum()
+
     def gauss_newton(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
         found, _, weights = rows(output, batch)
         found = found if weights is None else found * weights.sqrt().unsqueeze(-1)
@@ -240,6 +281,7 @@ def squared_error(target: Callable[[Any], Tensor], *, checks: bool) -> dict[str,
         "criterion": criterion,
         "sampled": sampled,
         "gauss_newton": gauss_newton,
+        "divergence": divergence,
         "rows": unpadded(None),
     }
 

@@ -23,7 +23,7 @@ from gramian.calls import prepared
 from gramian.errors import InputError
 from gramian.misuse import instead_of_objective
 
-__all__ = ["Fisher", "Objective", "as_objective"]
+__all__ = ["Fisher", "Objective", "as_objective", "is_observed"]
 
 Fisher = Literal["sampled", "empirical", "gauss_newton"]
 Predict = Callable[[nn.Module, Any], Any]
@@ -32,6 +32,8 @@ Criterion = Callable[[Any, Any], tuple[Tensor, "Tensor | int"]]
 # outer products of their gradients is the Fisher matrix (sampled) or the Gauss–Newton matrix (exact).
 Factor = Callable[[Any, Any, torch.Generator], Iterator[Tensor]]
 Padding = Callable[[Any], Tensor | None]
+# (output, reference output, batch) -> how far apart they are, summed over units.
+Divergence = Callable[[Any, Any, Any], Tensor]
 
 
 class Observer(Protocol):
@@ -67,6 +69,8 @@ class Objective:
         against: `against(teacher, remember=0) -> objective`, for an objective whose targets are a model's outputs: the
             same with those of another model, of which so many numbers are kept, by the object that a batch is; or
             `None`.
+        divergence: `divergence(output, reference, batch)`: what the loss of an output is above that of a reference,
+            summed over units, if labels are drawn from the reference; or `None`, where that is not known.
 
     Raises: nothing of its own; `loss` and `losses` raise InputError.
     Cost: none.
@@ -87,6 +91,7 @@ class Objective:
     gauss_newton: Factor | None = None
     rows: Padding | None = None
     against: Callable[..., Objective] | None = None
+    divergence: Divergence | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.criterion, "observed"):
@@ -301,6 +306,23 @@ class Objective:
             return Objective(**criteria.own_output(predict, other, remember), fisher="sampled", against=against)
 
         return against(teacher)
+
+
+def is_observed(objective: Objective) -> bool:
+    """Whether a `gm.capturing` is to see every evaluation of an objective.
+
+    Args:
+        objective: any.
+
+    Returns: whether it has an observer.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> is_observed(Objective.classification())
+    False
+    """
+    return bool(_OBSERVERS) and objective.criterion in _OBSERVERS
 
 
 def as_objective(objective: Any) -> Objective:

@@ -15,7 +15,7 @@ import typer
 
 import gramian
 from gramian.cli import bench, compress, demo, doctor, inspect, train
-from gramian.cli.common import complain, num_ranks
+from gramian.cli.common import complain
 from gramian.cli.streams import protect, reason_lost
 from gramian.errors import GramianError, GramianWarning, plain
 
@@ -138,7 +138,7 @@ def program() -> NoReturn:
     if lost:
         complain(f"what was to be printed could not be written ({lost}); the work itself is done")
         code = code or 2
-    if num_ranks() > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's to all, where one rank ended with an error
         atexit._run_exitfuncs()  # of the user's task and its loggers
         sys.stdout.flush()

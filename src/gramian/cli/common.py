@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from gramian.errors import GramianError, GramianWarning, plain
+from gramian.checkpoint.faults import first_line
+from gramian.errors import GramianError, GramianWarning, InputError, plain
 
 __all__ = [
     "Model",
@@ -100,7 +101,11 @@ def ranks(timeout: float = 1800.0) -> Iterator[bool]:
     from torch import distributed
 
     patience = timedelta(seconds=timeout)
-    store, rank, size = next(distributed.rendezvous("env://", timeout=patience))
+    _ = rank_number(), _of_environment("MASTER_PORT", 0, range(2**16))  # or they are refused
+    try:
+        store, rank, size = next(distributed.rendezvous("env://", timeout=patience))
+    except (ValueError, RuntimeError) as error:  # of the environment, or of the network
+        raise InputError(f"the processes do not find each other: {first_line(error)}. Start them by torchrun") from None
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun on one machine keeps the store when it starts the processes again, and with it the addresses of those
         # that are gone. On several machines the counts may differ, and its c10d rendezvous makes a new store each time.
@@ -163,9 +168,21 @@ def complain(message: str) -> None:
 
 
 def num_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun started; one without it."""
+    return _of_environment("WORLD_SIZE", 1, range(1, 2**20))
 
 
 def rank_number() -> int:
     """This process's number under torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    return _of_environment("RANK", 0, range(num_ranks()))
+
+
+def _of_environment(name: str, default: int, known: range) -> int:
+    """What torchrun writes into the environment."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) in known):
+        raise InputError(
+            f"{name} in the environment must be a number from {known[0]} to {known[-1]}, as torchrun sets it; got "
+            f"{plain(text, 50)!r}"
+        )
+    return int(text)

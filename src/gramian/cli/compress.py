@@ -93,7 +93,7 @@ def command(
     if json is not None:
         report.check_target(json, (".json",))
     if out is not None:
-        _check_free(out)
+        _check_free(out, stopped=memory is not None)
         report.check_folder(out, "Choose another --out.")
     if plan is not None and not plan.exists():  # else it is read
         report.check_target(plan, (plan.suffix.lower(),))
@@ -157,8 +157,6 @@ def _in_shards(
 
     if json is not None:
         report.check_target(json, (".json",))
-    if out is not None:
-        _check_free(out)
     with told_once(), Stages(quiet) as stages:
         outcome = compress_folder(model, calibrate, out, tell=stages, **options)
     _report(outcome, json, out, quiet)
@@ -206,8 +204,12 @@ def _number(text: str) -> float:
         raise InputError(f"compress: --sparsity is a share, as 0.5, or a pattern, as 2:4; got {text!r}") from None
 
 
-def _check_free(out: Path) -> None:
-    """Refuse a folder that holds something, before anything is computed."""
+def _check_free(out: Path, *, stopped: bool = False) -> None:
+    """Refuse a folder that holds something, before anything is computed; not what a stopped run left there."""
+    from gramian.compression.sharded.sharded_plan import was_stopped
+
+    if stopped and was_stopped(out):
+        return
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"compress: {out} exists already. Choose another --out, or delete it")
 

@@ -14,6 +14,10 @@ from gramian.texts import read_text
 
 __all__ = ["read_config"]
 
+# The options that may be a table, which are `name=number,…` as flags; and a list, which are `a,b`.
+TABLES = ("augment", "regularize")
+LISTS = (*TABLES, "compare")
+
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """The callback of `--config FILE`: the file's values take the place of defaults, so that flags win.
@@ -57,8 +61,8 @@ def _as_flag(path: Path, key: str, value: Any, is_flag: bool) -> Any:
     if isinstance(value, bool) == is_flag:
         if is_flag or isinstance(value, (int, float, str)):
             return value if is_flag else str(value)
-        if isinstance(value, dict) and all(type(part) in (int, float) for part in value.values()):
+        if key in TABLES and isinstance(value, dict) and all(type(part) in (int, float) for part in value.values()):
             return ",".join(f"{name}={number!r}" for name, number in value.items())
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        if key in LISTS and isinstance(value, list) and all(isinstance(part, str) for part in value):
             return ",".join(value)
     raise InputError(f"--config {plain(path, 500)}: {key} must be {wanted}; got {plain(value, 100)}")

@@ -155,7 +155,7 @@ def command(
     ] = False,
     timeout: Annotated[
         float,
-        typer.Option(help="Seconds after which a process of torchrun counts as hung.", min=1),
+        typer.Option(help="Seconds after which a process of torchrun counts as hung.", min=1, max=10**8),
     ] = 1800.0,
     trace: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
     quiet: Quiet = False,

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gramian.compression.choosing.contending import planned_layers
+from gramian.compression.sharded.losses import loss_of
 from gramian.compression.sharded.sharded_plan import ShardedPlan
 from gramian.compression.sharded.shards import Shards
-from gramian.compression.sharded.streaming import compress_shards, loss_of
+from gramian.compression.sharded.streaming import compress_shards
 from gramian.integrations.texts import batches_of_texts, copy_companions
 from gramian.objective import Objective
 from gramian.report.compression import Contender, Outcome
@@ -34,8 +35,8 @@ def compress_folder(
     Args:
         folder: of the model and its tokenizer.
         texts: a file with one text a line; every fifth is held out.
-        out: a new folder for the smaller model, and for what waits on the disk meanwhile; without one nothing is
-            written, and only the model as it came is measured.
+        out: a new folder for the smaller model, and for what waits on the disk meanwhile, or one that a stopped run
+            left; without one nothing is written, and only the model as it came is measured.
         keep: share of the parameters.
         memory: that the process may have, as `"6GB"`.
         batches: of texts to calibrate with, at most.
@@ -59,12 +60,15 @@ def compress_folder(
     begin = time.perf_counter()
     plan = compress_shards(folder, given[:batches], objective, keep=keep, tell=tell, **options)
     seconds = time.perf_counter() - begin
+    quality, name = None, f"keep {keep:g}"
+    plan.spool.keep()  # until the model is written
+    if out is not None:
+        plan.write(Path(out), lambda part: tell("Write", 1.0, part or "outside of the blocks"))
+        copy_companions(folder, out)
+    plan.spool.close()
     tell("Measure", 0.0, f"{len(tests)} batches held out")
     dense = Contender("dense", plan.parameters_dense, plan.bytes_dense, loss_of(folder, tests, objective, **options))
-    quality, name = None, f"keep {keep:g}"
     if out is not None:
-        plan.write(Path(out), lambda part: tell("Measure", 0.5, f"written: {part or 'outside of the blocks'}"))
-        copy_companions(folder, out)
         quality = loss_of(out, tests, objective, **options)
     tell("Measure", 1.0, f"peak {peak() / 1e9:.2f} GB of memory")
     return Outcome(

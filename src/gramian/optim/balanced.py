@@ -1,8 +1,11 @@
-"""Balanced Muon: the momentum between damped inverse roots of the gradients' second moments, orthogonalized."""
+"""Balanced Muon: the momentum between damped inverse roots of the gradients' second moments, orthogonalized.
+
+The roots are never formed. Whatever C has CᵀC = (L + δ)⁻¹ is U (L + δ)^(-1/2) for an orthogonal U, which the polar
+factor lets through: Cᵀ polar(C B) = P Uᵀ polar(U P B) = P polar(P B). So the inverse of a Cholesky factor does.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Unpack
 
@@ -10,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.scaling import peak
+from gramian.linalg.engine.workspace import scratch
 from gramian.optim.health import sine
-from gramian.optim.muon import advanced, average, choose
-from gramian.optim.options import FLAG, Shared, interval, whole
-from gramian.optim.polar import polar
+from gramian.optim.muon import average, choose, mixed, weight_of_past
+from gramian.optim.options import Shared, interval, whole
+from gramian.optim.polar import dtype_of_products, polar
 from gramian.optim.preconditioned import REFRESH
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
@@ -21,106 +26,140 @@ from gramian.optim.stacks import State
 
 __all__ = ["BalancedMuon"]
 
+SIDES = ("left", "right")
+
+SMALL = 1 << 13
+"""Entries of a matrix up to which a side four times as long as `longest` has a root too: what is done for each call of
+torch's costs as much as its products there, and kernels of convolutions gain by it most."""
+
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
-    """The momentum, and of each side that is not too long the gradients' second moment and its damped inverse root."""
+    """The momentum, and of each side that is not too long the gradients' second moment and the C of `_factor`."""
     num, rows, columns = m.shape
     state = {"momentum": m.new_zeros(m.shape), "fallbacks": m.new_zeros(num, 1, 1)}
-    for side, size in (("left", rows), ("right", columns)):
-        if size <= options["longest"]:
+    longest = options["longest"] * (4 if rows * columns <= SMALL else 1)
+    for side, size in zip(SIDES, (rows, columns), strict=True):
+        if size <= longest:
             state[f"{side}_moment"] = m.new_zeros(num, size, size)
-            state[f"{side}_root"] = torch.eye(size, dtype=m.dtype, device=m.device).repeat(num, 1, 1)
+            state[f"{side}_factor"] = torch.eye(size, dtype=m.dtype, device=m.device).repeat(num, 1, 1)
     return state
 
 
 def update(g: Tensor, state: State, context: StepContext) -> Tensor:
-    """P polar(P B Q) Q, scaled to the norm of the polar factor, with P = (L + δ)^(-1/2) and Q = (R + δ)^(-1/2)."""
-    sides = _sides(state)
+    """Cᵀ polar(C B Eᵀ) E, scaled to the norm of the polar factor, with CᵀC = (L + δ)⁻¹ and EᵀE = (R + δ)⁻¹."""
+    options = context.options
+    sides = [side for side in SIDES if f"{side}_factor" in state]
+    beta = weight_of_past(options)
     if not sides:
-        return polar(advanced(g, state["momentum"], context), context.options, out=g)
-    unit = g / _norm(g, math.inf)  # so that no square overflows
-    unit /= _norm(unit)
+        return polar(mixed(g, state["momentum"], beta, beta, context), options, out=g)
+    dtype = dtype_of_products(g, options)
+    here, there = (scratch(f"balanced: {k}", tuple(g.shape), dtype, g) for k in range(2))
+    unit = torch.div(g, peak(g, (-2, -1)).clamp_min_(_tiny(g)), out=here)  # so that no square overflows
+    unit.div_(_norm(unit).clamp_min_(_tiny(unit)))
     for side in sides:
-        second = unit @ unit.mT if side == "left" else unit.mT @ unit
-        average(state[f"{side}_moment"], second, context.options["moment_beta"], context)
-        if context.due is None or len(context.due):
-            _renew(state, side, context)
-    x = _between(advanced(g, state["momentum"], context), state)
-    factor = polar(x, context.options, out=x)
-    d = _between(factor, state)
-    before, after = torch.linalg.vector_norm(factor, dim=(-2, -1), keepdim=True), _norm(d)
-    return d.mul_(before.div_(after))
+        _follow(state, side, unit, context)
+    x = mixed(g, state["momentum"], beta, 1 - options["present"], context)
+    x = x if dtype == g.dtype else here.copy_(x)
+    factors = [state[f"{side}_factor"].to(dtype) for side in sides]
+    for side, factor in zip(sides, factors, strict=True):
+        x, here, there = _times(side, x, factor, there), there, here
+    x = polar(x, options, out=x)
+    length = _norm(x)
+    for side, factor in zip(sides, factors, strict=True):
+        x, here, there = _times(side, x, factor.mT, there), there, here
+    return torch.mul(x, length.div_(_norm(x).clamp_min_(_tiny(x))), out=g)
 
 
-def _sides(state: State) -> list[str]:
-    return [side for side in ("left", "right") if f"{side}_root" in state]
+def _times(side: str, x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """C x on the left, x Cᵀ on the right."""
+    return torch.bmm(factor, x, out=out) if side == "left" else torch.bmm(x, factor.mT, out=out)
 
 
-def _between(x: Tensor, state: State) -> Tensor:
-    if "left_root" in state:
-        x = state["left_root"] @ x
-    return x @ state["right_root"] if "right_root" in state else x
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
 
 
-def _norm(x: Tensor, order: float = 2) -> Tensor:
-    return torch.linalg.vector_norm(x, order, dim=(-2, -1), keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
+
+
+def _follow(state: State, side: str, unit: Tensor, context: StepContext) -> None:
+    """The second moment with that of the present gradients, and the factors that are due."""
+    moment, beta = state[f"{side}_moment"], context.options["moment_beta"]
+    pair = (unit, unit.mT) if side == "left" else (unit.mT, unit)
+    if unit.dtype != moment.dtype:
+        average(moment, torch.bmm(*pair).to(moment.dtype), beta, context)
+    elif context.all_alive:
+        moment.baddbmm_(*pair, beta=beta, alpha=1 - beta)
+    else:  # by the same product, so that neighbors do not differ
+        moment.copy_(torch.where(context.alive > 0, torch.baddbmm(moment, *pair, beta=beta, alpha=1 - beta), moment))
+    if context.due is None or len(context.due):
+        _renew(state, side, context)
 
 
 def _renew(state: State, side: str, context: StepContext) -> None:
-    """The inverse roots of the matrices that are due; where there is none, the old one stays."""
+    """The factors of the matrices that are due; where there is none, the old one stays."""
     at = slice(None) if context.due is None else context.due
     moment = state[f"{side}_moment"][at]
-    root, good = _root(moment, context.options["damping"])
+    factor, good = _factor(moment, context.options["damping"])
     if not bool(good.all()):
         seen = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
-        root = torch.where(good, root, state[f"{side}_root"][at])
+        factor = torch.where(good, factor, state[f"{side}_factor"][at])
         state["fallbacks"][at] += (seen & ~good).to(moment.dtype)
-    state[f"{side}_root"][at] = root
+    state[f"{side}_factor"][at] = factor
 
 
-def _root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(M/m + δ)^(-1/2), with m the mean eigenvalue of M, and whether it is good (K, 1, 1).
+def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """C with CᵀC = (M/m + δ)⁻¹, m the mean eigenvalue of M, and whether it is good (K, 1, 1).
 
-    It needs no certificate: with the damping, the eigenvalues under the root lie within a factor of 1 + n/δ.
+    It is the inverse of the Cholesky factor of M/m + δ, and needs no certificate: with the damping, the eigenvalues of
+    what is factored lie within a factor of 1 + n/δ. There is none before the first gradient, where m is zero.
     """
-    values, vectors, ok = lapack.eigh(moment)
-    relative = (values / values.mean(-1, keepdim=True)).clamp_min_(0.0)
-    root = vectors * relative.add_(damping).rsqrt_()[:, None] @ vectors.mT
-    return root, (ok & root.isfinite().flatten(1).all(-1))[:, None, None]
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    damped = moment / mean
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+    lower, info = lapack.cholesky(damped)
+    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    factor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return factor, (info == 0)[:, None, None]
 
 
 def staleness(state: State, options: Mapping[str, Any]) -> Tensor | None:
-    """The sine of the angle between a root that is kept and that of the present moment; the larger of the sides."""
+    """The sine of the angle between (L + δ)⁻¹ as it is kept and of the present moment; the larger of the sides."""
     angles = []
-    for side in _sides(state):
-        now, _ = _root(state[f"{side}_moment"].double(), options["damping"])
-        angles.append(sine(state[f"{side}_root"].double(), now))
+    for side in SIDES:
+        if f"{side}_factor" not in state:
+            continue
+        now, _ = _factor(state[f"{side}_moment"].double(), options["damping"])
+        kept = state[f"{side}_factor"].double()
+        angles.append(sine(kept.mT @ kept, now.mT @ now))
     return torch.stack(angles).amax(0) if angles else None
 
 
 class BalancedMuon(MatrixOptimizer):
-    """Steps along `P polar(P B Q) Q`, with `P = (L + δ)^(-1/2)` and `Q = (R + δ)^(-1/2)`, and B Muon's momentum.
+    """Steps along `P polar(P B Q) Q`, with `P = (L + δ)^(-1/2)`, `Q = (R + δ)^(-1/2)`, and B half momentum.
 
-    L and R are the running means of `g gᵀ` and `gᵀ g`, in units of their mean eigenvalue. Of all steps D with
-    `‖(L + δ)^(1/2) D (R + δ)^(1/2)‖₂ ≤ 1` it is the one along which the loss falls fastest; Muon is that for ‖D‖₂. A
-    unit of a step counts for more in those directions of inputs and outputs in which the gradients are larger than on
-    average, as where an input has a large unit or a mean far from zero; the damping δ leaves the others alike, whether
-    they hold a weak signal or noise.
+    The other half of B is the present gradient. L and R are the running means of `g gᵀ` and `gᵀ g`, in units of their
+    mean eigenvalue. Of all steps D with `‖(L + δ)^(1/2) D (R + δ)^(1/2)‖₂ ≤ 1` it is the one along which the loss falls
+    fastest; Muon is that for ‖D‖₂. A unit of a step counts for more in those directions of inputs and outputs in which
+    the gradients are larger than on average, as where an input has a large unit or a mean far from zero; the damping δ
+    leaves the others alike, whether they hold a weak signal or noise.
 
     Args:
         params: the model (best), or its parameters; see `gramian.optim.shell.MatrixOptimizer`.
-        lr, momentum, nesterov, rtol: as of `Muon`.
+        lr, momentum, rtol: as of `Muon`.
+        present: the weight in B of the present gradient, beside Muon's momentum. Nesterov's is 1 − μ, and the least.
         damping: δ. The larger, the nearer to Muon.
         moment_beta: the weight of the past in L and R.
-        longest: a side of more rows or columns has no moment and no root, and a matrix without any steps as under Muon:
-            there they cost more than they gain.
+        longest: a side of more rows or columns has no moment and no root: there they cost more than they gain. It is
+            four times as many for matrices of at most 8,192 entries. A matrix without any root steps as under Muon.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`; `refresh`, the steps
-            between two inverse roots of a matrix, is 10 by default.
+            between two factors of a matrix, is 10 by default.
 
     Raises:
         InputError: as `gramian.optim.shell.MatrixOptimizer`.
-    Cost: that of `Muon`, and per step and side of size k `6 m n k` operations; every `refresh` steps an
-        eigendecomposition.
+    Cost: that of `Muon`, and per step and side of size k `6 m n k` operations, in bfloat16 where the polar factor is;
+        every `refresh` steps a Cholesky factor and its inverse.
     Source: steepest descent under a norm: Bernstein and Newhouse (2409.20325); the moments: Gupta, Koren, Singer,
         Shampoo (1802.09568). The damping at the mean eigenvalue: this library's own measurements.
 
@@ -137,7 +176,7 @@ class BalancedMuon(MatrixOptimizer):
         update=update,
         options={
             "momentum": interval("[0, 1)"),
-            "nesterov": FLAG,
+            "present": interval("(0, 1]"),
             "rtol": interval("(0, 1)"),
             "damping": interval("(0, ∞)"),
             "moment_beta": interval("[0, 1)"),
@@ -156,7 +195,7 @@ class BalancedMuon(MatrixOptimizer):
         lr: float | Tensor | None = None,
         *,
         momentum: float = 0.9,
-        nesterov: bool = True,
+        present: float = 0.5,
         rtol: float = 0.125,
         damping: float = 1.0,
         moment_beta: float = 0.95,
@@ -166,7 +205,7 @@ class BalancedMuon(MatrixOptimizer):
         shared.setdefault("refresh", REFRESH)
         options = {
             "momentum": momentum,
-            "nesterov": nesterov,
+            "present": present,
             "rtol": rtol,
             "damping": damping,
             "moment_beta": moment_beta,

@@ -23,6 +23,7 @@ __all__ = [
     "choose",
     "init",
     "look_ahead",
+    "mixed",
     "orthogonal",
     "staleness",
     "update",
@@ -70,19 +71,30 @@ def average(mean: Tensor, value: Tensor, beta: float, context: StepContext) -> N
 
 
 def advanced(g: Tensor, momentum: Tensor, context: StepContext) -> Tensor:
-    """What is orthogonalized: the momentum or, over `g`, that of one more step; in parts, which stay in the cache."""
+    """What is orthogonalized: the momentum or, over `g`, that of one more step."""
     beta = weight_of_past(context.options)
-    if not context.all_alive or g.device.type != "cpu":
+    return mixed(g, momentum, beta, beta if context.options["nesterov"] else 1.0, context)
+
+
+def mixed(g: Tensor, momentum: Tensor, beta: float, past: float, context: StepContext) -> Tensor:
+    """The momentum after this gradient, and what is between both: over `g`, in parts, which stay in the cache.
+
+    Args:
+        g: the gradients.
+        momentum: B ← B + (1 − β)(g − B).
+        beta: β.
+        past: the weight of B beside g, at most β; or 1, for the momentum itself.
+        context: of the step.
+    """
+    past = past if past == 1 else min(past, beta)
+    if not context.all_alive or g.device.type != "cpu" or g.numel() <= PART:
         average(momentum, g, beta, context)
-        return look_ahead(g, momentum, beta, context)
-    if g.numel() <= PART:
-        parts = [(g, momentum)]
-    else:
-        parts = zip(g.view(-1).split(PART), momentum.view(-1).split(PART), strict=True)
-    for part, mean in parts:
+        return momentum if past == 1 else g.lerp_(momentum, past)
+    for part, mean in zip(g.view(-1).split(PART), momentum.view(-1).split(PART), strict=True):
         average(mean, part, beta, context)
-        look_ahead(part, mean, beta, context)
-    return g if context.options["nesterov"] else momentum
+        if past < 1:
+            part.lerp_(mean, past)
+    return momentum if past == 1 else g
 
 
 def weight_of_past(options: Mapping[str, Any]) -> float:

@@ -19,7 +19,7 @@ from gramian.linalg.polar_factor.few_passes import PAIRED_FROM, few_passes
 from gramian.linalg.polar_factor.newton_schulz import composed
 from gramian.linalg.polar_factor.zolotarev import LEAST, fractions, zolotarev
 
-__all__ = ["Approach", "approaches", "chosen", "polar"]
+__all__ = ["Approach", "approaches", "chosen", "dtype_of_products", "polar"]
 
 RATIO = 1 / 512
 """Largest `low` that an approach may have at rtol 0.125: torch's five steps lift singular values from about there."""
@@ -66,9 +66,20 @@ def polar(x: Tensor, options: Mapping[str, Any], out: Tensor | None = None) -> T
 
     In `out`, which may be x, if that is given: a new tensor of that size costs more than its numbers.
     """
+    return _of(x, options)(x, out)
+
+
+def dtype_of_products(x: Tensor, options: Mapping[str, Any]) -> torch.dtype:
+    """The dtype in which other products with these matrices are as exact as their polar factor, and fast."""
+    dtype = getattr(torch, _of(x, options).dtype)
+    return dtype if dtype == torch.bfloat16 else x.dtype
+
+
+def _of(x: Tensor, options: Mapping[str, Any]) -> Approach:
+    """The approach for matrices of that shape, on that device."""
     short, long = sorted(x.shape[-2:])
     name = _read(options.get("approaches", ""), x.device.type).get(f"{short}x{long}")
-    return _approach(short, long, options["rtol"], x.device.type, name)(x, out)
+    return _approach(short, long, options["rtol"], x.device.type, name)
 
 
 def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> str:

@@ -118,7 +118,7 @@ OPTIMIZERS: dict[str, Entry] = {
         usual_lr=BalancedMuon.base_lr,
         usual="0.1 √(L/2)",
         formula="`P polar(P B Q) Q`, with `P = (L + 1)^(-1/2)`, `Q = (R + 1)^(-1/2)`",
-        cost="a polar factor in every step, and eigendecompositions, every 10 steps",
+        cost="a polar factor in every step, and Cholesky factors, every 10 steps",
         checks=Checks(exact={"rtol": 1e-10}, accuracy=2e-6, roundings=4),
     ),
     "soap": Entry(

@@ -86,10 +86,8 @@ class Failure:
             raise_together("train", self.error)
 
 
-def exchanged(facts: dict[str, Any], failure: Failure | None) -> list[dict[str, Any]]:
-    """Return the facts (JSON) of all ranks by rank; raise on all ranks where one has failed. As `sums` with `None`."""
-    if failure is None:
-        return [facts]
+def exchanged(facts: dict[str, Any], failure: Failure) -> list[dict[str, Any]]:
+    """Return the facts (JSON) of all ranks by rank; raise on all ranks where one has failed."""
     found = placement.exchange_json(facts | {"failed": failure.error is not None})
     failure.tell(any(other["failed"] for other in found))
     return found

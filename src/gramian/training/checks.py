@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from gramian.checkpoint.names import as_path
-from gramian.errors import GramianWarning, InputError, TaskError, plain, some
+from gramian.checkpoint.trees import pack_tree
+from gramian.errors import GramianWarning, InputError, TaskError, UnsupportedError, plain, some
 from gramian.recording import evaluating
 from gramian.training.augmentation import augmented, mixed
 from gramian.training.optimizers import Choice
@@ -26,6 +28,8 @@ __all__ = [
     "check_inputs",
     "check_model",
     "check_path",
+    "check_state",
+    "holding",
     "identity_of",
     "plain_numbers",
     "warn_of_plain_numbers",
@@ -78,20 +82,42 @@ def check_model(model: object, task: Task) -> None:
     """Raise `TaskError` for what cannot be trained."""
     if not isinstance(model, nn.Module):
         raise TaskError(f"{named(task)}: model() must return a torch.nn.Module, got {type(model).__name__}")
-    if not any(p.requires_grad for p in model.parameters()):
+    with calling(task, "looking for the parameters of its model"):  # whose class may define anything
+        parameters = dict(model.named_parameters())
+    if not any(p.requires_grad for p in parameters.values()):
         raise TaskError(f"{named(task)}: no parameter of the model requires a gradient, so nothing can be trained")
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
-    if lazy:
-        raise TaskError(
-            f"{named(task)}: {lazy[0]} of the model has no shape yet (a lazy module). Call the model on one batch "
-            "in model()"
-        )
-    meta = [name for name, p in model.named_parameters() if p.is_meta]
-    if meta:
-        raise TaskError(
-            f"{named(task)}: {meta[0]} of the model is on the meta device, without numbers. Make the model "
-            "outside torch.device('meta')"
-        )
+    for name, p in parameters.items():
+        why = ""
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            why = "has no shape yet (a lazy module). Call the model on one batch in model()"
+        elif p.is_meta:
+            why = "is on the meta device, without numbers. Make the model outside torch.device('meta')"
+        elif not p.is_leaf:
+            why = "is computed from other tensors, so that it cannot be trained. Make it an nn.Parameter"
+        if why:
+            raise TaskError(f"{named(task)}: {name} of the model {why}")
+
+
+def check_state(model: nn.Module, task: Task) -> None:
+    """Raise for a model whose state no checkpoint can hold, before anything is written."""
+    with calling(task, "state_dict() of its model"):
+        state: Any = model.state_dict()
+    if not isinstance(state, Mapping):
+        raise TaskError(f"{named(task)}: state_dict() of its model must return a dict, got {type(state).__name__}")
+    with holding():
+        pack_tree(dict(state))
+
+
+@contextmanager
+def holding() -> Iterator[None]:
+    """A context in which a state that contains itself is told in one line."""
+    try:
+        yield
+    except RecursionError:
+        raise UnsupportedError(
+            "train: the state of the model or the optimizer contains itself, or is nested too deeply, so that no "
+            "checkpoint can hold it. What does get_extra_state() return?"
+        ) from None
 
 
 def check_path(path: object) -> None:

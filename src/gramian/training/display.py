@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gramian.checkpoint.faults import plain
+from gramian.durations import in_words
 from gramian.report.live import Watch, four_digits
 from gramian.report.terminal import unpadded
 from gramian.training.folder import MODEL
@@ -50,7 +51,7 @@ class Watched:
         if run.skipped:
             numbers["skipped"] = f"{run.skipped:,} skipped"
         if share > 0:
-            numbers["left"] = f"{_duration(run.seconds * (1 - share) / share)} left"
+            numbers["left"] = f"{in_words(run.seconds * (1 - share) / share)} left"
         self._watch.update(share, numbers)
 
     def begun(self, optimizer: str) -> None:
@@ -73,7 +74,7 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
         console: where to print; stdout by default.
     """
     with unpadded(console or Console()) as console:
-        steps = f"{run.steps:,} in {_duration(run.seconds)}"
+        steps = f"{run.steps:,} in {in_words(run.seconds)}"
         if run.resumed:
             steps += ", finished before" if run.resumed == run.steps else f", resumed at {run.resumed:,}"
         optimizer = f"{run.optimizer}{' (auto)' if automatic else ''}, learning rate {four_digits(run.lr)}"
@@ -151,15 +152,3 @@ def _curve(values: list[float], least: float, greatest: float) -> str:
 
 def _measured(row: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name not in ("step", "seconds")}
-
-
-def _duration(seconds: float) -> str:
-    """Return seconds as text in suitable units.
-
-    >>> _duration(3.21), _duration(74), _duration(4020)
-    ('3.2 s', '1 min 14 s', '1 h 07 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -174,8 +174,9 @@ class Folder:
             else:
                 self._torn = self._to_tell = getattr(error, "strerror", None) or str(error)
 
-    def due(self, *, evaluated: bool) -> bool:
-        """Whether to write a checkpoint: after an evaluation or half a minute, unless that would cost too much time.
+    def due(self) -> tuple[bool, bool]:
+        """Whether to write a checkpoint now, and if an evaluation comes first: then, or after half a minute, unless
+        that would cost too much time.
 
         Raises `CheckpointError` where the last one could not be written.
         """
@@ -185,7 +186,8 @@ class Folder:
         else:
             self.wait()
             cost = self._cost
-        return (evaluated or since >= EVERY_SECONDS) and since * LARGEST_SHARE >= cost
+        is_cheap = since * LARGEST_SHARE >= cost
+        return is_cheap and since >= EVERY_SECONDS, is_cheap
 
     def keep(self, state: dict[str, Any]) -> None:
         """Copy the state and begin to write the checkpoint; the one before stays until this one is verified."""

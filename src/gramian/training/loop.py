@@ -20,7 +20,7 @@ from gramian.optim.given import given
 from gramian.recording.keeping import seeded
 from gramian.report import Report
 from gramian.training import agreement, page, start
-from gramian.training.checks import check_best, check_inputs, check_model, check_path, identity_of
+from gramian.training.checks import check_best, check_inputs, check_model, check_path, check_state, identity_of
 from gramian.training.folder import Folder, read
 from gramian.training.interrupts import Interrupts, noticing
 from gramian.training.lost import naming_the_lost
@@ -196,7 +196,7 @@ def train(
             lr = rounded(suggested(task, automatic, init, seed))
         choice = choose(automatic, lr, options, length)
     with naming_the_lost(), noticing(), seeded(seed), ExitStack() as stack:
-        model = _model_of(task)
+        model = _model_of(task, saved=place is not None)
         run = Run(model, out=None if out is None else Path(out), optimizer=choice.name)
         identity = identity_of(task, model, choice, init, seed, budget) | options.identity()
         agreement.check_identity(identity)
@@ -255,13 +255,15 @@ def train(
     return run
 
 
-def _model_of(task: Task) -> nn.Module:
-    """The task's model, checked, and the same on all ranks."""
+def _model_of(task: Task, *, saved: bool) -> nn.Module:
+    """The task's model, checked, also whether its state can be `saved`, and the same on all ranks."""
     model = None
     with placement.agreed("train"):
         with calling(task, "model()"):
             model = task.model()
         check_model(model, task)
+        if saved:
+            check_state(model, task)
     assert model is not None
     agreement.check_model(model)
     return model

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from gramian import report
-from gramian.errors import GramianError, some
+from gramian.errors import GramianError, TaskError, some
 from gramian.inspection.diagnosis import STEPS
 from gramian.objective import Objective
 from gramian.recording import evaluating
 from gramian.remedies import inspect
-from gramian.report import Document, Picture, Report, Section, Series, Table, Tile
+from gramian.report import Document, HeatMap, Picture, Report, Section, Series, Table, Tile
 from gramian.report.formatting import number
-from gramian.training.task import Run, Task, calling
+from gramian.training.task import Run, Task, calling, named
 
 __all__ = ["check", "comparison", "curves", "diagnose", "document", "receded", "trouble", "untuned"]
 
@@ -130,7 +130,14 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
     sections.append(Section("Curves", items=_in_pairs(curves({"": run}))))
     if task.pictures is not None:
         with calling(task, "pictures(model)"), evaluating(run.model), torch.no_grad():
-            sections.append(Section("What the model does", items=[tuple(task.pictures(run.model))]))
+            drawn = tuple(task.pictures(run.model))
+        for each in drawn:
+            if not isinstance(each, (Picture, HeatMap, Table)):
+                raise TaskError(
+                    f"{named(task)}: pictures(model) must return a list of gm.report.Picture, HeatMap or Table, one is "
+                    f"a {type(each).__name__}"
+                )
+        sections.append(Section("What the model does", items=[drawn]))
     if before is None:
         sections += after.to_document().sections
     else:

@@ -17,14 +17,14 @@ from gramian.batch import tensors
 from gramian.block import blocks
 from gramian.checkpoint import load_tensors
 from gramian.checkpoint.names import without_wrappers
-from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
+from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError
 from gramian.inspection import Watch
 from gramian.inspection.live.gradients import all_finite
 from gramian.objective import Objective
 from gramian.recording import evaluating
 from gramian.training import agreement
 from gramian.training.averaging import Average
-from gramian.training.checks import plain_numbers, warn_of_plain_numbers
+from gramian.training.checks import holding, plain_numbers, warn_of_plain_numbers
 from gramian.training.folder import MODEL, Folder
 from gramian.training.interrupts import Interrupts, end
 from gramian.training.options import Options, best_row
@@ -40,7 +40,7 @@ __all__ = ["NONFINITE_STEPS", "Loop"]
 # So many steps in a row without a finite loss or gradient end a run.
 NONFINITE_STEPS = 10
 
-NOT_DUE = [False, False]  # a checkpoint, without and after an evaluation
+NOT_DUE = (False, False)  # a checkpoint, without and after an evaluation
 
 
 class Loop:
@@ -102,14 +102,7 @@ class Loop:
                 if folder is not None:
                     folder.room.make(self._size())
                 first = False
-            due = NOT_DUE
-            if folder is not None:
-                with self.failure.caught():
-                    due = [folder.due(evaluated=evaluated) for evaluated in (False, True)]
-            facts = {"seconds": time.perf_counter() - started, "due": due, "signal": interrupts.received}
-            told = agreement.exchanged(facts, None if self.stepper.alone else self.failure)
-            run.seconds, due = told[0]["seconds"], told[0]["due"]
-            signal = max([other["signal"] for other in told])
+            run.seconds, due, signal = self._agreed(time.perf_counter() - started, folder, interrupts)
             share = schedule.share(run)
             if on_step is not None:
                 on_step(run, share)
@@ -135,6 +128,22 @@ class Loop:
         self.finished = not run.diverged
         if self.finished:
             self._take_final_weights()
+
+    def _agreed(
+        self, seconds: float, folder: Folder | None, interrupts: Interrupts
+    ) -> tuple[float, tuple[bool, bool], int]:
+        """The first rank's seconds, whether its folder wants a checkpoint, without and after an evaluation, and the
+        signal that any rank received; raises where another one failed.
+        """
+        due = NOT_DUE
+        if folder is not None:
+            with self.failure.caught():
+                due = folder.due()
+        if self.stepper.alone:
+            return seconds, due, interrupts.received
+        facts = {"seconds": seconds, "due": due, "signal": interrupts.received}
+        told = agreement.exchanged(facts, self.failure)
+        return told[0]["seconds"], told[0]["due"], max([other["signal"] for other in told])
 
     def _step(self) -> None:
         run, schedule = self.run, self.schedule
@@ -221,13 +230,8 @@ class Loop:
         return sum(t.numel() * t.element_size() for t in tensors(held))
 
     def _keep(self, folder: Folder | None, *, wait: bool) -> None:
-        try:
+        with holding():
             state = self.state()
-        except RecursionError:
-            raise UnsupportedError(
-                "train: the state of the model or the optimizer contains itself, or is nested too deeply, so that no "
-                "checkpoint can hold it. What does get_extra_state() return?"
-            ) from None
         with placement.agreed("train"):
             if folder is not None:
                 folder.keep(state)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules.batchnorm import _NormBase
 
 from gramian import placement
@@ -23,6 +24,7 @@ from gramian.training.sharding import is_divided
 from gramian.training.slow import Slow
 from gramian.training.stream import Stream
 from gramian.training.task import Task, calling, named
+from gramian.training.usual import usual
 
 __all__ = ["Stepper"]
 
@@ -53,9 +55,11 @@ class Stepper:
         self.seed, self.failure = seed, agreement.Failure(kept=not self.divided)
         self.device = next(model.parameters()).device
         self._params = list(model.parameters())  # a walk over the modules in every step would cost more than the sums
+        self._summed = usual(model, objective)
         self._buffers = _Buffers(model)
         self.scale = LossScale(active=options.precision == "float16")
         self._nothing = torch.zeros((), device=self.device)
+        self._flag = torch.zeros(())  # for the look at gradients
         self.overflowed = False  # whether the last step was left out, since its scaled gradient was too large
         self._gradient: dict[tuple[float, torch.dtype], Tensor] = {}  # of the loss, by its divisor
         self.alone = not placement.is_distributed()
@@ -91,7 +95,7 @@ class Stepper:
                     if own is not None:
                         if not own.requires_grad:
                             raise self._without_gradient()
-                        own.backward(self._gradient_of(own, weight * self.scale.value / first))
+                        _backward(own, self._gradient_of(own, weight * self.scale.value / first))
                 except BaseException as error:
                     self._caught(error, "the backward pass")
         if not self.divided and not self.alone:
@@ -170,7 +174,7 @@ class Stepper:
         """The loss and units of a batch; of a mixed one, both parts share the forward pass."""
         parts = mixed(batch, self.options.augment, seed) if self.options.augment else [(1.0, batch)]
         if len(parts) == 1:
-            return self.objective.summed(self.model, batch if self.alone else agreement.rows(batch))
+            return self._summed(batch if self.alone else agreement.rows(batch))
         own = [(weight, prepared(self.model, agreement.rows(part))) for weight, part in parts]
         if self.objective is not self.task.objective:  # loss(model, batch), whose forward pass is its own
             found = [(w, *self.objective.loss(self.model, part, empty=True)) for w, part in own]
@@ -191,7 +195,7 @@ class Stepper:
         if factor != 1.0:
             torch._foreach_mul_(grads, factor)
         if self._watch:
-            sound = all_finite(grads, owned=True)
+            sound = all_finite(grads, flag=self._flag)
             if placement.any_rank(not sound) if self.divided else not sound:
                 return False
             if self.options.clip is not None:
@@ -212,6 +216,16 @@ class Stepper:
                 raise error
             with calling(self.task, function):
                 raise error
+
+
+def _backward(loss: Tensor, gradient: Tensor) -> None:
+    """As `loss.backward(gradient)`, whose questions about shapes and dtypes take a small model longer than the look at
+    its gradients: both are scalars of one dtype here.
+    """
+    if type(loss) is Tensor and not torch._C._are_functorch_transforms_active():
+        _engine_run_backward((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    else:
+        loss.backward(gradient)
 
 
 class _Buffers:

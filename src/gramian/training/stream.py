@@ -20,6 +20,9 @@ __all__ = ["Stream"]
 
 END = object()
 
+# Iterators that run no code of others, and so draw nothing.
+PLAIN = (type(iter([])), type(iter(())))
+
 # Of a first epoch that is counted, since it is kept in memory.
 MOST_BATCHES = 10**7
 
@@ -134,6 +137,8 @@ class Stream:
 
     def _next(self) -> Any:
         assert self._batches is not None
+        if type(self._batches) in PLAIN:
+            return next(self._batches, END)
         try:
             with self._own:
                 return next(self._batches, END)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gramian.errors import GramianError, InputError, TaskError
+from gramian.errors import GramianError, InputError, TaskError, plain
 from gramian.loader import as_batches
 from gramian.misuse import known_names
 from gramian.objective import Objective
@@ -222,7 +222,7 @@ def named(task: Task) -> str:
     >>> named(Task(nn.Identity, Objective.regression(), [], dict, name="mine"))
     "task 'mine'"
     """
-    return "the task" if task.name == Task.name else f"task {task.name!r}"
+    return "the task" if task.name == Task.name else f"task {plain(task.name, 100)!r}"
 
 
 class calling:

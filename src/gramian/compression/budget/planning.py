@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from gramian.compression.storage.plans import packed, unpacked
 from gramian.errors import GramianWarning, InputError
 from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
+from gramian.recording.failing import naming_the_layer
 from gramian.statistics import Statistics
 
 __all__ = ["by_default", "compress", "judged", "nothing"]
@@ -78,9 +79,9 @@ def compress(
             `compress(model, batches, objective)`.
         batches: as in `gm.capture`, in place of `stats`; they are read once, and an eighth is kept to measure the rise
             of the loss on. With `stats`, all of them (a list) are for measuring.
-        held_out: a list of batches to measure on in place of these. The rise differs between data that the model was
-            trained on and new data, by up to a factor of two: `plan.predicted` tells that of the data it was measured
-            on.
+        held_out: a list of batches that the model was not trained on, to measure on in place of these. On new data the
+            rise may be another than on training data: without them, `plan.predicted` has the rise on data like the
+            calibration's, and an interval for new data, which is wide.
         objective: how they are turned into a loss; `gm.Objective.self_distillation()` where there are no labels.
         keep: share of the parameters to keep. By default 0.5, or where rank 1 everywhere needs more than that, the
             smallest possible share, which the plan's text says.
@@ -100,8 +101,8 @@ def compress(
             factored.
 
     Cost: three eigendecompositions in float64 for each layer, and 48 backward passes. What is told by `plan.predicted`
-    is measured when it is first asked for: eight evaluations of the batches kept apart, or of so many of `held_out`
-    that a rise is known to 5 %.
+    is measured when it is first asked for: eight evaluations of up to 32 batches, or of so many of them or of
+    `held_out` that a rise is known to 5 %.
     Source: whitening by A: SVD-LLM (2403.07378), §3.1; by both sides: Fisher-weighted SVD (2207.00112) with Kronecker
     factors; shrinkage: Ledoit & Wolf (Bernoulli 28, 2022).
 
@@ -146,7 +147,9 @@ def compress(
         calibration = Calibration(stats, samples=stats.units)
         judges = batches if held_out is None else held_out
         if judges is not None and objective is not None:
-            calibration.measure = Measure(list(as_batches(judges, "compress")), as_objective(objective))
+            calibration.measure = Measure(
+                list(as_batches(judges, "compress")), as_objective(objective), new=held_out is not None
+            )
     elif batches is None or objective is None:
         given = "" if batches is None else f"; got {described(batches)} alone"
         raise InputError(
@@ -173,7 +176,11 @@ def compress(
     if not spectra:
         raise nothing(plain, reasons)
     if ranked and calibration.objective is not None and calibration.measure is not None:
-        spectra = list(corrected(whole, spectra, calibration.measure.batches, calibration.objective))
+        judges = calibration.measure.batches
+        with ExitStack() as stack:
+            for batch in judges:  # of which any may be the one that the model cannot run on
+                stack.enter_context(naming_the_layer("compress", batch, calibration.objective, whole))
+            spectra = list(corrected(whole, spectra, judges, calibration.objective))
     for note in notes:
         warnings.warn(f"compress: {note}", GramianWarning, stacklevel=2)
     empty = {s.name: Form() for s in spectra}

@@ -12,6 +12,7 @@ from torch import Tensor
 from gramian.compression.budget.filling import Candidates
 from gramian.compression.calibration.targets import Target
 from gramian.compression.calibration.weighting import Weighting
+from gramian.compression.calibration.wide import eigen, working
 from gramian.compression.layers.feedback import Feedback, feedback_of
 from gramian.compression.layers.lowrank import matrix_of
 from gramian.compression.layers.rounding import noises
@@ -114,28 +115,32 @@ def decompose(target: Target, weighting: Weighting, *, rounds: bool = True) -> W
         weighting: of its two sides.
         rounds: whether the layer may be rounded or pruned, and not only cut.
     """
-    w = matrix_of(target.module).double()
-    a, g, matters = weighting.columns, weighting.rows, weighting.matters
+    w = matrix_of(target.module)
+    m, n = w.shape
+    dtype = working(m, n)
+    w, a, g, matters = w.to(dtype), weighting.columns.to(dtype), weighting.rows.to(dtype), weighting.matters
     # The factors are projections of W itself: with all ranks they are W, whatever the rounding of the roots. No product
     # is kept that has the longer side, since a head has tens of thousands of rows.
-    m, n = w.shape
+    weighted = g.left(a.right(w))
+    squares, vectors = eigen(syrk((weighted.mT if m <= n else weighted).double()))
+    del weighted
+    squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1).to(dtype)
     if m <= n:
-        squares, u = torch.linalg.eigh(syrk(g.left(a.right(w)).mT))
-        u = u.flip(1)
-        left, right = g.solve_left(u), g.left(u).mT @ w
+        left, right = g.solve_left(vectors), g.left(vectors).mT @ w
+        moments = squares  # of right, since its rows times A^½ are those of Uᵀ U S Vᵀ
     else:
-        squares, v = torch.linalg.eigh(syrk(g.left(a.right(w))))
-        v = v.flip(1)
-        left, right = w @ a.left(v), a.solve_right(v.mT)
-    values = squares.flip(0).clamp_min(0).sqrt()
+        left, right = w @ a.left(vectors), a.solve_right(vectors.mT)
+        moments = torch.ones_like(squares)
+    values = squares.sqrt()
     if target.rank:  # beyond it, a product of factors has no singular values but rounding
-        values, left, right = values[: target.rank], left[:, : target.rank], right[: target.rank]
+        values, moments, left, right = (t[: target.rank] for t in (values, moments, left.mT, right))
+        left = left.mT
     # The singular values are shared out so that neither factor is badly scaled.
     scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
     scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
     feedback = Feedback.unknown()
     if rounds:
-        feedback = feedback_of(a, g, weighting.seen)
+        feedback = feedback_of(weighting.columns, weighting.rows, weighting.seen)
         feedback = replace(feedback, outputs=feedback.outputs * matters)
     return WeightedSVD(
         target.name,
@@ -146,7 +151,7 @@ def decompose(target: Target, weighting: Weighting, *, rounds: bool = True) -> W
         target.dense,
         feedback,
         partial(matrix_of, target.module),
-        a.right(right / scale[:, None]).square().sum(1),
+        moments / scale.double().square(),
         weighting.diagonal,
         target.table,
         target.tied,

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from gramian import placement
-from gramian.batch import main_input, mapped, num_samples, tensors
+from gramian.batch import tensors
 from gramian.calls import prepared
-from gramian.compression.calibration.exchanging import exchanged
+from gramian.compression.calibration.reading import Reader
 from gramian.errors import InputError
 from gramian.gram import Gram
-from gramian.loader import Batches, as_batches, no_batches
+from gramian.loader import Batches, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.recording import capture, evaluating
 from gramian.recording.collective import Collective, collective_of
@@ -27,12 +27,8 @@ from gramian.recording.recorder import WITHOUT_AUTOGRAD
 from gramian.site import Site
 from gramian.statistics import Statistics
 
-__all__ = ["Calibration", "Measure", "Reader", "around_output", "calibrate", "cuttable", "draws_for", "hashes"]
+__all__ = ["Calibration", "Measure", "around_output", "calibrate", "draws_for"]
 
-HELD_OUT = 8
-"""One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
-MOST_HELD, ENOUGH_HELD = 8, 160
-"""Batches kept in memory to measure on, and from how many samples on no more are."""
 REMEMBERED = 2**24
 """Numbers of the model's outputs that are kept while smaller models are compared with them."""
 ENOUGH, ROWS, EVERY = 8, 32, 4
@@ -55,11 +51,15 @@ class Measure:
         batches: as they came.
         objective: whose mean loss rises.
         seen: whether the statistics are of the same batches, since there were no others.
+        more: batches that the statistics have seen, for more labels.
+        new: whether the model was not trained on them, as its user says.
     """
 
     batches: list[Any]
     objective: Objective
     seen: bool = False
+    more: list[Any] = field(default_factory=list)
+    new: bool = False
 
     def against(self, model: nn.Module) -> Measure:
         """The same, where the targets are the outputs of a model, with those of this one, which does not change."""
@@ -120,7 +120,7 @@ def calibrate(
     """
     objective = as_objective(objective)
     ranks = collective_of(model)
-    reader = Reader(batches, ranks, held_out=held_out)
+    reader = Reader(batches, ranks, held_out=held_out, labels=objective.divergence is not None)
     given = iter(reader)
     with _together(ranks):
         first = next(given, None)
@@ -144,7 +144,8 @@ def calibrate(
         every = itertools.chain(firsts, [] if second is None else [second], given)
         stats = captured(model, every, drawn, generator=generator, differentiates=which)
     held, distinct, samples = reader.shared(first)
-    measure = Measure([batch for _, batch in held], objective, seen=held[0][0] < 0)
+    seen, more = held[0][0] < 0, reader.others()
+    measure = Measure([batch for _, batch in held], objective, seen, [] if seen else more, held_out is not None)
     share = 1.0 if which is None else which.share
     return Calibration(stats, distinct, samples, share, used, measure, notes, ranks)
 
@@ -284,104 +285,3 @@ def _together(ranks: Collective) -> Any:
 
 def _gradient(stats: Statistics) -> float:
     return math.fsum(float(site.G.diagonal.sum()) for site in stats.sites() if site.G is not None)
-
-
-class Reader:
-    """Batches, less those kept to measure on, with the number of distinct samples among those given."""
-
-    def __init__(
-        self,
-        batches: Batches,
-        ranks: Collective | None = None,
-        verb: str = "compress",
-        held_out: Batches | None = None,
-    ) -> None:
-        self.batches, self.ranks = as_batches(batches, verb), ranks
-        together = ranks if ranks is not None and ranks.together else None
-        self.rank, self.size = placement.world(together.group) if together else (0, 1)
-        self.hashes: set[int] = set()
-        self.num = 0
-        self.held: list[tuple[int, Any]] = []
-        self.apart = held_out is not None
-        if held_out is not None:
-            self.held = [(i * self.size + self.rank, batch) for i, batch in enumerate(as_batches(held_out, verb))]
-            if not self.held and together is None:
-                raise no_batches(held_out, verb)
-        try:
-            num = len(self.batches)  # type: ignore[arg-type]
-        except TypeError:
-            num = -1
-        nums = placement.exchange_json(num, together.group) if together else [num]
-        self.total = sum(nums) if min(nums) >= 0 else 0  # batches of all ranks, where that is known
-        self.few = min(nums) >= 0 and sum(nums) < HELD_OUT
-
-    def __iter__(self) -> Iterator[Any]:
-        for i, batch in enumerate(self.batches):
-            given, place = batch, i * self.size + self.rank  # among the batches of all ranks
-            if self.few and not self.apart:
-                given, held = _parted(batch)
-                self.held += [] if held is None else [(place, held)]
-            elif not self.apart and place % HELD_OUT == HELD_OUT - 1 and _wanted(batch, place // HELD_OUT):
-                self.held.append((place, batch))
-                continue
-            self._count(given)
-            yield given
-
-    def shared(self, first: Any) -> tuple[list[tuple[int, Any]], float, float]:
-        """What all ranks keep, with places that are negative where that is the first batch; the share of samples that
-        are not the same as an earlier one of their rank; and how many these are.
-        """
-        mine = (self.held, first, len(self.hashes), self.num)
-        ranks = self.ranks
-        found = exchanged(mine, ranks.group) if ranks is not None and ranks.together else [mine]
-        held = sorted((pair for one in found for pair in one[0]), key=lambda pair: pair[0])
-        held = held or [(-1, one) for _, one, _, _ in found if one is not None][:1]
-        distinct, num = sum(one[2] for one in found), sum(one[3] for one in found)
-        return held, distinct / num if num else 1.0, float(distinct)
-
-    def _count(self, batch: Any) -> None:
-        found = hashes(batch, self.num)
-        self.hashes.update(found)
-        self.num += len(found)
-
-
-def hashes(batch: Any, place: int) -> list[int]:
-    """A number for each sample of a batch, the same for samples whose main inputs are equal.
-
-    Args:
-        batch: any batch.
-        place: how many samples came before: those that cannot be compared have numbers of their own.
-    """
-    try:
-        rows = main_input(batch).detach()
-        rows = rows.double() if rows.is_floating_point() else rows
-        return [hash(row.tobytes()) for row in rows.cpu().reshape(len(rows), -1).numpy()]
-    except (InputError, TypeError, RuntimeError, ValueError):  # a graph, or another object: each is taken as new
-        return [hash((place, i)) for i in range(num_samples(batch))]
-
-
-def _parted(batch: Any) -> tuple[Any, Any | None]:
-    """A batch without its last samples, and these; whole, and `None`, where it has few or cannot be cut."""
-    num = cuttable(batch)
-    cut = num // HELD_OUT
-    if not cut:
-        return batch, None
-    return mapped(batch, lambda t: t[:-cut]), mapped(batch, lambda t: t[-cut:])
-
-
-def _wanted(batch: Any, num: int) -> bool:
-    """Whether a batch is kept to measure on after `num` of its size, by every rank alike."""
-    return num < MOST_HELD and num * cuttable(batch) < ENOUGH_HELD
-
-
-def cuttable(batch: Any) -> int:
-    """The number of samples of a batch whose tensors can all be cut along the first dimension; 0 of any other.
-
-    Args:
-        batch: any batch.
-    """
-    try:
-        num = num_samples(batch)
-    except InputError:
-        return 0
-    return num if {t.shape[0] if t.ndim else 0 for t in tensors(batch)} == {num} else 0

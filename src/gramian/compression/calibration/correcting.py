@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gramian.batch import mapped
 from gramian.calls import prepared
 from gramian.compression.budget.weighted import WeightedSVD
-from gramian.compression.calibration.calibrating import cuttable
+from gramian.compression.calibration.reading import cuttable
 from gramian.compression.calibration.samplewise import by_sample, draws_of, rounding_ratio, samples_of
 from gramian.compression.layers.lowrank import matrix_of
 from gramian.compression.layers.modules import submodule

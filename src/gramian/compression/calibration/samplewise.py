@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from gramian.batch import mapped
 from gramian.calls import prepared
 from gramian.compression.budget.weighted import WeightedSVD
-from gramian.compression.calibration.calibrating import cuttable
+from gramian.compression.calibration.reading import cuttable
 from gramian.compression.layers.feedback import Feedback
 from gramian.compression.layers.lowrank import matrix_of
 from gramian.layers import operation_of
@@ -183,6 +184,7 @@ def rounding_ratio(feedback: Feedback, gradient: Tensor, w: Tensor) -> float:
     """
     ordered, scale = gradient[:, feedback.order], w.float().abs().amax(1).square()
     squares = (ordered * feedback.factor if feedback.factor.ndim == 1 else ordered @ feedback.factor.mT).square()
-    costs = feedback.diagonal.square().reciprocal()
+    costs = feedback.diagonal.double().square().reciprocal()
     estimate = float((scale.double() * feedback.outputs).sum() * costs.double().sum())
-    return float((scale @ squares).double() @ costs.double()) / estimate if estimate > 0 else 1.0
+    ratio = float((scale @ squares).double() @ costs.double()) / estimate if estimate > 0 else 1.0
+    return ratio if math.isfinite(ratio) else 1.0  # squares of huge gradients overflow

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gramian.compression.calibration.wide import eigen
 from gramian.errors import InputError
 from gramian.gram import DiagonalGram, Gram
 from gramian.linalg import syrk
@@ -43,6 +44,10 @@ class Roots:
         if not isinstance(self._inverse, Tensor):
             self._inverse = self._inverse()
         return self._inverse
+
+    def to(self, dtype: torch.dtype) -> Roots:
+        """The same in another dtype."""
+        return self if self.root.dtype == dtype else Roots(self.root.to(dtype), lambda: self.inverse.to(dtype))
 
     def left(self, w: Tensor) -> Tensor:
         """`M^½ W`."""
@@ -140,7 +145,7 @@ def roots(moment: Gram | DiagonalGram, rows: float, *, around: Tensor | None = N
         around: a vector that is subtracted from the rows first.
 
     Returns:
-        Both roots, in float64.
+        Both roots, in the dtype of `eigen`.
 
     Raises:
         InputError: it is not finite.
@@ -167,12 +172,12 @@ def roots(moment: Gram | DiagonalGram, rows: float, *, around: Tensor | None = N
     _check(m)
     level = m.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     zero = level <= noise
-    values, vectors = torch.linalg.eigh(m / torch.where(zero, 1.0, level))
+    values, vectors = eigen(m / torch.where(zero, 1.0, level))
     counts = torch.as_tensor(moment.count, dtype=torch.float64).expand(moment.batch).flatten().tolist()
     each = zip(values.reshape(-1, moment.dim), counts, strict=True)
     values = torch.stack([shrunk(v, rows, seen=count) for v, count in each]).reshape(values.shape)
-    root = ((values + FLOOR) * level.clamp_min(0)[..., 0]).sqrt()[..., None, :]
-    eye = torch.eye(moment.dim, dtype=m.dtype, device=m.device)
+    root = ((values + FLOOR) * level.clamp_min(0)[..., 0]).sqrt()[..., None, :].to(vectors.dtype)
+    eye = torch.eye(moment.dim, dtype=vectors.dtype, device=m.device)
 
     def of(values: Tensor) -> Tensor:
         return torch.where(zero, eye, syrk((vectors * values.sqrt()).mT))

@@ -282,7 +282,8 @@ def _joint(found: Sequence[Weighting]) -> Weighting:
 
 
 def _square(one: Roots) -> Tensor:
-    return one.root.square() if one.root.ndim == 1 else one.root @ one.root
+    root = one.root.double()
+    return root.square() if root.ndim == 1 else root @ root
 
 
 def _roots_of(moment: Tensor) -> Roots:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gramian.batch import mapped
 from gramian.calls import as_model, prepared, unwrapped
-from gramian.compression.calibration.calibrating import cuttable, hashes
+from gramian.compression.calibration.reading import cuttable, hashes
 from gramian.compression.fitting.lockstep import Stop, Walk, watched
 from gramian.compression.layers.lowrank import LowRank
 from gramian.compression.layers.modules import copied

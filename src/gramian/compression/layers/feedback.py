@@ -63,8 +63,8 @@ class Feedback:
     @property
     def costs(self) -> Tensor:
         """(n,), `1 / U_jj²` of the columns as they stand in the matrix: what a squared error of each costs."""
-        costs = torch.empty_like(self.diagonal)
-        costs[self.order] = self.diagonal.square().reciprocal()
+        costs = torch.empty_like(self.diagonal, dtype=torch.float64)  # of tiny numbers the squares underflow
+        costs[self.order] = self.diagonal.double().square().reciprocal()
         return costs
 
     def reordered(self, order: Tensor) -> Feedback:
@@ -132,7 +132,7 @@ def feedback_of(inputs: Roots, outputs: Roots, rows: float = math.inf) -> Feedba
     >>> feedback_of(Roots(one / torch.arange(3, 0, -1), one * torch.arange(3, 0, -1)), Roots(one, one)).order
     tensor([2, 1, 0])
     """
-    root = inputs.root
+    root, back = inputs.root.double(), outputs.root.double()
     whole = root.square() if root.ndim == 1 else syrk(root.mT)
     moments = whole if root.ndim == 1 else whole.diagonal()
     order = moments.argsort(descending=True, stable=True)
@@ -146,7 +146,7 @@ def feedback_of(inputs: Roots, outputs: Roots, rows: float = math.inf) -> Feedba
         inverse = torch.linalg.cholesky(whole.flip(0, 1)).flip(0, 1)
         eye = torch.eye(len(order), dtype=root.dtype, device=root.device)
         factor = torch.linalg.solve_triangular(inverse, eye, upper=True)
-    counts = outputs.root.square() if outputs.root.ndim == 1 else outputs.root.square().sum(1)
+    counts = back.square() if back.ndim == 1 else back.square().sum(1)
     return Feedback(order, factor.float(), counts)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gramian.compression.calibration.targets import Target
+from gramian.compression.calibration.wide import working
 from gramian.compression.sharded.shards import OUTSIDE, Shards
 from gramian.errors import InputError
 from gramian.recording.recorder import MAX_DIM
@@ -88,12 +89,14 @@ def _moment(dim: int) -> int:
 
 
 def _work(m: int, n: int) -> int:
-    """Of the decomposition of an (m, n) matrix in float64: the roots of both sides, W, and what is made of them."""
-    short, roots = min(m, n), _moment(m) + _moment(n)
-    eigen = 5 * 8 * short * short
+    """Of the decomposition of an (m, n) matrix: the roots of both sides, W, and what is made of them."""
+    short, size = min(m, n), working(m, n).itemsize
+    roots = sum(_moment(dim) * working(dim).itemsize // 8 for dim in (m, n, n))  # of the inputs, with their inverse
     of_roots = 6 * max(_moment(m), _moment(n))
-    of_matrix = 8 * max(3 * m * n, m * n + eigen // 8, m * n + 2 * (m + n) * short) + _moment(short)
-    return roots + 2 * _moment(n) + max(of_roots, of_matrix)  # those of the inputs stay for the next layer
+    eigen = 5 * 8 * short * short
+    weighted = (size + 8 * (size < 8)) * m * n + 8 * short * short  # and once more in float64
+    of_matrix = size * m * n + max(2 * size * m * n, weighted, eigen, 2 * size * (m + n) * short)
+    return roots + max(of_roots, of_matrix)
 
 
 def resident() -> int:

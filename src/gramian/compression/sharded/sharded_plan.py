@@ -24,14 +24,14 @@ from gramian.compression.layers.lowrank import LowRank, matrix_of
 from gramian.compression.layers.modules import replaced, submodule
 from gramian.compression.layers.rounding import GROUP
 from gramian.compression.sharded.shards import OUTSIDE, Shards
-from gramian.compression.sharded.spool import Spool
+from gramian.compression.sharded.spool import JOURNAL, PREFIX, Spool
 from gramian.compression.storage.ranks import ranks_of, restore
 from gramian.errors import CheckpointError, InputError
 from gramian.misuse import known_names
 from gramian.rows import Rows
 from gramian.texts import read_text
 
-__all__ = ["ShardedPlan", "spooled"]
+__all__ = ["ShardedPlan", "spooled", "was_stopped"]
 
 INDEX = "model.safetensors.index.json"
 
@@ -97,7 +97,7 @@ class ShardedPlan(Plan):
         Raises:
             CheckpointError: there are weights already, or the disk is full.
         """
-        if any(folder.glob("*.safetensors*")):
+        if any(folder.glob("*.safetensors*")) and not was_stopped(folder):
             raise CheckpointError(f"{folder}: holds weights already. Choose another folder")
         try:
             folder.mkdir(exist_ok=True)
@@ -155,6 +155,15 @@ class ShardedPlan(Plan):
                 yield {clean_name(name): tensor for name, tensor in (tensors | marks).items()}
             finally:
                 restore(model, dense)
+
+
+def was_stopped(folder: Path) -> bool:
+    """Whether a folder has what a run left that was stopped before its model was whole.
+
+    Args:
+        folder: that may be missing.
+    """
+    return not (folder / INDEX).exists() and any(folder.glob(f"{PREFIX}*/{JOURNAL}.safetensors"))
 
 
 def _cut(layer: nn.Module, rank: int, factors: Mapping[str, Tensor]) -> LowRank:

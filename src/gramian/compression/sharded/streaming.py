@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal
@@ -13,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gramian.batch import first_samples, mapped
 from gramian.compression.budget.mixing import Form
 from gramian.compression.budget.planning import by_default, judged, nothing
 from gramian.compression.budget.weighted import WeightedSVD, decompose
@@ -23,35 +23,33 @@ from gramian.compression.calibration.calibrating import (
     ROWS,
     VANISHES,
     Calibration,
-    Reader,
     around_output,
-    cuttable,
     draws_for,
     redrawn,
 )
 from gramian.compression.calibration.correcting import corrected_by, parts_of
+from gramian.compression.calibration.reading import Reader, cuttable
 from gramian.compression.calibration.samplewise import PART, draws_of, samples_of
 from gramian.compression.calibration.targets import Target, targets
 from gramian.compression.calibration.weighting import Uncaptured, weighting
 from gramian.compression.layers.modules import module_name, submodule
-from gramian.compression.sharded.holding import Holding, as_bytes, check_disk, fitting, holding, resident, shown, told
+from gramian.compression.sharded.holding import as_bytes, check_disk, shown, told
+from gramian.compression.sharded.journal import Journal, Remaining
+from gramian.compression.sharded.losses import cut, measured
 from gramian.compression.sharded.passing import Item
 from gramian.compression.sharded.sharded_plan import ShardedPlan, spooled
 from gramian.compression.sharded.shards import OUTSIDE, Shards
-from gramian.compression.sharded.spool import Spool
+from gramian.compression.sharded.spool import JOURNAL, Spool
 from gramian.compression.sharded.sweeping import Sweep
 from gramian.errors import GramianWarning
 from gramian.layers import operation_of
-from gramian.loader import Batches, as_batches, no_batches
+from gramian.loader import Batches, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.recording.recorder import MAX_DIM
 from gramian.rows import Rows
 from gramian.statistics import Statistics
 
-__all__ = ["compress_shards", "loss_of"]
-
-GRAPHS = 3
-"""What a pass keeps, with attention written out and its rows in float32, over what the block alone keeps."""
+__all__ = ["compress_shards"]
 
 Tell = Callable[[str, float, str], None]
 
@@ -104,7 +102,9 @@ def compress_shards(
         shards,
         found,
         reader,
-        Sweep(shards, Spool(scratch), objective),
+        Sweep(
+            shards, Spool(scratch, hashlib.sha256(str(shards.folder.resolve()).encode()).hexdigest()[:12]), objective
+        ),
         calibration,
         tell or (lambda *_: None),
         progress or (lambda _: None),
@@ -123,46 +123,6 @@ def compress_shards(
     made = by_default(plan) if keep is None else plan.at(keep=keep)
     assert isinstance(made, ShardedPlan)
     return made
-
-
-def loss_of(
-    folder: str | os.PathLike[str],
-    batches: Batches,
-    objective: Objective,
-    *,
-    memory: int | float | str | None = None,
-    scratch: str | os.PathLike[str] | None = None,
-) -> float:
-    """The mean loss of a model in a folder, dense or factored, of which one part at a time is in memory.
-
-    Args:
-        folder, memory, scratch: as in `compress_shards`.
-        batches: to evaluate.
-        objective: whose loss it is.
-
-    Raises: as `compress_shards`.
-    Cost: each part is loaded once, and what is outside of the blocks twice; a forward pass.
-    """
-    shards, given = Shards(folder), list(as_batches(batches, "compress"))
-    sweep = Sweep(shards, Spool(scratch), objective)
-    _, _, most = _measured(sweep, [], given, None if memory is None else as_bytes(memory))
-    items = [Item(f"{i}", batch) for i, batch in enumerate(chain.from_iterable(_cut(b, most) for b in given))]
-    for _ in sweep.forward(items, keep=False):
-        pass
-    sweep.outputs(items, None)
-    return sum(item.loss for item in items) / sum(item.units for item in items)
-
-
-def _measured(
-    sweep: Sweep, found: Sequence[Target], given: Sequence[Any], limit: int | None
-) -> tuple[list[Holding], int, int]:
-    """What each part holds, what the process has before, and how many samples fit at once."""
-    largest = max(map(cuttable, given))
-    graph, hidden = sweep.probe(first_samples(given[0], 1) if largest else given[0])
-    width = hidden.numel() * hidden.element_size()
-    parts = holding(sweep.shards, found, GRAPHS * graph, hidden.shape[:-1].numel(), width)
-    base = resident()
-    return parts, base, fitting(parts, base, limit, max(1, largest))
 
 
 @dataclass
@@ -188,20 +148,20 @@ class _Run:
 
     def prepare(self, given: Sequence[Any], held: Sequence[Any], limit: int | None) -> None:
         """Says what will be held, and cuts the batches to what fits."""
-        parts, base, most = _measured(self.sweep, self.found, given, limit)
+        parts, base, most = measured(self.sweep, self.found, given, limit)
         self.told = told(parts, base, most)
-        self.items = [Item(f"{i}", batch) for i, batch in enumerate(chain.from_iterable(_cut(b, most) for b in given))]
-        self.first = len(list(_cut(given[0], most)))
+        self.items = [Item(f"{i}", batch) for i, batch in enumerate(chain.from_iterable(cut(b, most) for b in given))]
+        self.first = len(list(cut(given[0], most)))
         if self.calibration.objective is not None and self.calibration.objective.sampled is not None:
-            cut = list(samples_of(held, min(most, PART)))
-            draws = draws_of(cut)
-            self.samples = [(Item(f"s{i}", batch, draws=draws), num) for i, (batch, num) in enumerate(cut)]
+            single = list(samples_of(held, min(most, PART)))
+            draws = draws_of(single)
+            self.samples = [(Item(f"s{i}", batch, draws=draws), num) for i, (batch, num) in enumerate(single)]
             if not all(map(_shows_samples, self.found)):
                 self.parts = [(Item(f"p{i}", b, draws=num), num) for i, (b, num) in enumerate(parts_of(held))]
         everything = [*self.items, *(item for item, _ in (*self.samples, *self.parts))]
         num = sum(max(1, cuttable(item.batch)) for item in everything)
         weights = sum(map(self.shards.bytes, (OUTSIDE, *self.shards.blocks)))  # which their factors stay below
-        disk = num * parts[0].hidden * (len(self.shards.blocks) + 1 + MOST_DRAWS) + weights
+        disk = num * parts[0].hidden * (len(self.shards.blocks) + 1 + 2 * MOST_DRAWS) + weights
         check_disk(self.sweep.spool.folder, disk)
         peak = base + max(part.at(most) for part in parts)
         remark = f"{len(self.items)} batches of at most {most}, peak {shown(peak)} of memory, {shown(disk)} of disk"
@@ -216,7 +176,7 @@ class _Run:
         first = self.items[0]
         self.sweep.outputs([first], torch.Generator().manual_seed(0))
         used = self.sweep.objective
-        if not bool(self.sweep.spool.get(f"{first.name}.back")["gradients"].any()):
+        if not bool(self.sweep.back(first, len(self.shards.blocks)).any()):
             used = around_output(used)
             self.notes.append(VANISHES)
         rows = [self._rows(item) for item in self.items]
@@ -238,36 +198,63 @@ class _Run:
     def decompose(self) -> tuple[list[WeightedSVD], dict[str, str]]:
         """The backward sweep, in which each part is decomposed as soon as its second moments are there."""
         extra = [item for item, _ in (*self.samples, *self.parts)]
-        made: dict[str, WeightedSVD] = {}
-        reasons: dict[str, str] = {}
-        blind: bool | None = None
-        done = 0
+        spool, journal = self.sweep.spool, self._journal(extra)
         asked: dict[str, set[str]] = {}
         for target in self.found:
             asked.setdefault(self.shards.part_of(target.name), set()).add(target.inputs)
-        for part, model, stats in self.sweep.backward(self.items, extra, self.seed, asked):
+        todo = [target for target in self.found if self.shards.part_of(target.name) not in journal.parts]
+        done = len(self.found) - len(todo)
+        costs = {target.name: target.dense * min(_matrix(target)) for target in todo}
+        remaining = Remaining(costs, len({self.shards.part_of(name) for name in costs}))
+        if done:
+            self.tell("Factor", 0.0, f"{done} of {len(self.found)} layers were done before")
+
+        def after(part: str) -> None:
+            journal.parts.append(part)
+            journal.save(spool)
+            spool.keep()
+
+        for part, model, stats in self.sweep.backward(self.items, extra, self.seed, asked, journal.parts, after):
+            remaining.begin()
             self.calibration.stats, self.calibration.latest = stats, {}
-            if blind is None:
+            if journal.judged is None:
                 self.calibration.notes = self.notes
-                self.notes, self.ranked, blind = judged(self.calibration)
+                journal.judged = judged(self.calibration)
+            _, ranked, blind = journal.judged
             here: list[WeightedSVD] = []
             for target in self.found:
                 if self.shards.part_of(target.name) == part:
                     try:
                         here.append(self._decomposed(target, blind))
                     except Uncaptured as error:
-                        reasons[target.name] = str(error)
+                        journal.reasons[target.name] = str(error)
                     done += 1
+                    share, left = remaining.after(target.name)
                     self.progress(done)
-                    self.tell("Factor", done / len(self.found), target.name)
+                    self.tell("Factor", share, f"{target.name}, {left} left")
                     stats.blocks.pop(target.inputs, None)
-            if self.ranked and (self.samples or self.parts):
+            if ranked and (self.samples or self.parts):
                 here = list(self._corrected(part, model, here))
             for s in here:
                 layer, name = submodule(self.shards.model, s.name), f"factors.{s.name}"
-                made[s.name] = spooled(s, layer, self.sweep.spool, name)
+                journal.spectra[s.name] = spooled(s, layer, spool, name)
             del here
-        return [made[target.name] for target in self.found if target.name in made], reasons
+        spool.free()
+        if journal.judged is not None:
+            self.notes, self.ranked, _ = journal.judged
+        made = journal.spectra
+        return [made[target.name] for target in self.found if target.name in made], journal.reasons
+
+    def _journal(self, extra: Sequence[Item]) -> Journal:
+        """What an earlier run has done; the losses of all batches show that it had the same model, data and loss."""
+        items = [(item.loss, item.units, item.back, item.draws) for item in (*self.items, *extra)]
+        layers = [(target.name, target.inputs) for target in self.found]
+        of = {"losses": items, "layers": layers, "seed": self.seed, "fisher": self.sweep.objective.fisher}
+        before = self.sweep.spool.path(JOURNAL).exists()
+        found = Journal.found(self.sweep.spool, of)
+        if before and not found.parts:
+            self.tell("Factor", 0.0, "all over again: what was done before is of another model, data or loss")
+        return found
 
     def _decomposed(self, target: Target, blind: bool) -> WeightedSVD:
         s = decompose(target, weighting(target, self.calibration, blind=blind), rounds=False)
@@ -284,21 +271,17 @@ class _Run:
         return float(self.sweep.hidden(item, 0).shape[:-1].numel() if mask is None else mask.sum())
 
 
-def _cut(batch: Any, most: int) -> Iterator[Any]:
-    num = cuttable(batch)
-    if num <= most:
-        yield batch
-        return
-    for begin in range(0, num, most):
-        yield mapped(batch, lambda t, at=slice(begin, begin + most): t[at])
-
-
 def _shows_samples(target: Target) -> bool:
     return operation_of(target.module).factors == "linear" and not target.tied and not target.table
 
 
-def _sides(target: Target) -> set[int]:
-    """The sides of G of a layer."""
+def _matrix(target: Target) -> tuple[int, int]:
     assert target.block is not None
     m, n = target.block.shape[-2:]
+    return m, n
+
+
+def _sides(target: Target) -> set[int]:
+    """The sides of G of a layer."""
+    m, n = _matrix(target)
     return {m, n} if target.table and target.tied else {n} if target.table else {m}

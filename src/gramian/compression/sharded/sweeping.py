@@ -7,9 +7,10 @@ second moments are those of one pass through the whole.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,10 +110,16 @@ class Sweep:
                     losses = self._losses(item, output, generator) if back and item.units else []
                 grads = [gradient(one, leaf, last=i + 1 == len(losses)) for i, one in enumerate(losses)]
                 if back:
-                    self.spool.put(f"{item.name}.back", {"gradients": torch.stack(grads or [torch.zeros_like(leaf)])})
+                    self._hand(item, len(self.shards.blocks), torch.stack(grads or [torch.zeros_like(leaf)]))
 
     def backward(
-        self, items: Sequence[Item], extra: Sequence[Item], seed: int, asked: Mapping[str, Collection[str]]
+        self,
+        items: Sequence[Item],
+        extra: Sequence[Item],
+        seed: int,
+        asked: Mapping[str, Collection[str]],
+        done: Collection[str] = (),
+        after: Callable[[str], None] = lambda name: None,
     ) -> Iterator[tuple[str, nn.Module, Statistics]]:
         """The statistics of each part, from the last block to what is outside, while the part is in memory.
 
@@ -121,6 +128,8 @@ class Sweep:
             extra: more such items, which add nothing to the statistics, for `calls`.
             seed: of the generator that `outputs` had.
             asked: by part the names of its blocks that are captured; of other parts there are no statistics.
+            done: parts that an earlier sweep with this spool went through, the first ones: they are left out.
+            after: called with the name of each part when it is done, and all that the next one needs is in the spool.
         """
         last = len(self.shards.blocks)
         places = dict(enumerate(self.shards.blocks)) | {last: OUTSIDE}
@@ -128,25 +137,23 @@ class Sweep:
         lowest = 0 if OUTSIDE in asked else first  # nothing has to go back further
         for index in (*reversed(range(lowest, last)), last):
             name = places[index]
-            if index == last and name not in asked:
-                break
+            if name in done or (index == last and name not in asked):
+                continue
             with self.shards.loaded(name) as part:
-                if name not in asked:
-                    for item in (*items, *extra):
-                        self._carry(part, item, index)
-                        self.spool.drop(f"{item.name}.{index}")
-                    continue
-                flags = iter([item.back for item in items])
-                options: dict[str, Any] = {"differentiates": lambda stats, flags=flags: next(flags)}
-                options["asked"] = asked[name]
-                options["generator"] = torch.Generator().manual_seed(seed)
-                options["onward"] = self._onward if index < last else None
-                calls = (self._call(item, index) for item in items)
-                yield name, part, self._told(captured(part, calls, self.objective_of(name), **options), items)
-                for item in extra if index < last else ():
+                if name in asked:
+                    flags = iter([item.back for item in items])
+                    options: dict[str, Any] = {"differentiates": lambda stats, flags=flags: next(flags)}
+                    options["asked"] = asked[name]
+                    options["generator"] = torch.Generator().manual_seed(seed)
+                    options["onward"] = partial(self._onward, index) if index < last else None
+                    calls = (self._call(item, index) for item in items)
+                    yield name, part, self._told(captured(part, calls, self.objective_of(name), **options), items)
+                for item in (*(() if name in asked else items), *extra) if index < last else ():
                     self._carry(part, item, index)
+            after(name)
             for item in (*items, *extra):
                 self.spool.drop(f"{item.name}.{index}")
+                self.spool.drop(f"{item.name}.back.{index + 1}")
 
     def calls(self, items: Sequence[Item], part: str) -> Iterator[Call]:
         """Items with draws as calls of a part, one in memory at a time, for `objective_of(part, by_turn=True)`."""
@@ -214,11 +221,15 @@ class Sweep:
             output = self._run(block, call.given, call.hidden)
             losses = [(output * g).sum() for g in call.gradients]
             grads = [gradient(one, call.hidden, last=i + 1 == len(losses)) for i, one in enumerate(losses)]
-        self.spool.put(f"{item.name}.back", {"gradients": torch.stack(grads)})
+        self._hand(item, index, torch.stack(grads))
 
     def hidden(self, item: Item, index: int) -> Tensor:
         """The hidden states that enter a block, or leave the last one."""
         return self.spool.get(f"{item.name}.{index}")["hidden"]
+
+    def back(self, item: Item, index: int) -> Tensor:
+        """The gradients of what enters a block, or leaves the last one."""
+        return self.spool.get(f"{item.name}.back.{index}")["gradients"]
 
     def _enter(self, model: nn.Module, item: Item, *, probe: bool = False) -> None:
         """Runs what is before the blocks, and notes what each is called with."""
@@ -294,15 +305,18 @@ class Sweep:
         inside = index < len(self.shards.blocks)
         call = self._given(item, index) if inside else ((), {})
         hidden = self.hidden(item, index).requires_grad_(inside and item.back)
-        gradients = self.spool.get(f"{item.name}.back")["gradients"] if item.back else torch.empty(0)
+        gradients = self.back(item, index + 1 if inside else 0) if item.back else torch.empty(0)
         return Call(item, call, hidden, gradients)
 
     def _given(self, item: Item, index: int) -> Arguments:
         """What a block is called with, the hidden states' place still empty."""
         return filled(item.calls[index], self.spool.get(f"{item.name}.given"))
 
-    def _onward(self, call: Call, gradients: list[Tensor]) -> None:
-        self.spool.put(f"{call.item.name}.back", {"gradients": gradients[0]})
+    def _onward(self, index: int, call: Call, gradients: list[Tensor]) -> None:
+        self._hand(call.item, index, gradients[0])
+
+    def _hand(self, item: Item, index: int, gradients: Tensor) -> None:
+        self.spool.put(f"{item.name}.back.{index}", {"gradients": gradients})
 
     def _told(self, stats: Statistics, items: Sequence[Item]) -> Statistics:
         back = [item for item in items if item.back]

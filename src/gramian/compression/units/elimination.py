@@ -58,10 +58,10 @@ def eliminated(w: Tensor, weighting: Weighting, num: int) -> Elimination:
     """
     w = w.double()
     n, size = w.shape[1], w.shape[1] // num
-    inverse = weighting.columns.inverse
+    inverse = weighting.columns.inverse.double()
     state = _State(
         w.clone(),
-        weighting.rows.left(w),
+        weighting.rows.to(w.dtype).left(w),
         inverse.square().diag() if inverse.ndim == 1 else inverse @ inverse.mT,
         torch.arange(num, device=w.device),
     )

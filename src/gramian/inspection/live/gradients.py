@@ -28,7 +28,7 @@ _NARROW = (torch.float16, torch.bfloat16)
 _WIDE = (torch.float32, torch.float64)
 
 
-def all_finite(found: Iterable[Tensor], *, owned: bool = False) -> bool:
+def all_finite(found: Iterable[Tensor], *, flag: Tensor | None = None) -> bool:
     """Whether all values are: from one number for each tensor, and one synchronization with the device.
 
     On a processor these are sums, elsewhere norms, which torch computes of many tensors at once. A number that is not
@@ -36,18 +36,22 @@ def all_finite(found: Iterable[Tensor], *, owned: bool = False) -> bool:
 
     Args:
         found: the tensors.
-        owned: whether they may be written, with the values that they have. Small ones of a processor are then looked
-            at in one call, that of `torch.amp.GradScaler`, which multiplies by one, and refuses what it cannot read.
+        flag: a zero of the processor, float32 and without dimensions, which is zero again afterwards. Where it is given
+            the tensors may be written, with the values that they have: small ones of a processor are then looked at in
+            one call, that of `torch.amp.GradScaler`, which multiplies by one, and refuses what it cannot read. A zero
+            made for each look would take longer than the look.
     """
     found, total, short = list(found), 0.0, []
-    if owned and found and found[0].is_cpu:
+    if flag is not None and found and found[0].is_cpu:
         small = [t for t in found if t.numel() <= SMALL]
-        bad = torch.zeros(())
         with suppress(RuntimeError):  # one is sparse, or repeats its memory: all of them are looked at below
-            torch._amp_foreach_non_finite_check_and_unscale_(small, bad, _ONE)
-            if len(small) == len(found) or bad.item():
-                return bad.item() == 0
+            torch._amp_foreach_non_finite_check_and_unscale_(small, flag, _ONE)
             found = [t for t in found if t.numel() > SMALL]
+        if flag.item():
+            flag.zero_()
+            return False
+        if not found:
+            return True
     for t in found:
         if type(t) is not Tensor or not t.is_cpu or t.dtype not in _WIDE:
             break

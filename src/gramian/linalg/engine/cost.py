@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -228,13 +229,19 @@ def _known(key: str) -> dict[str, tuple[float, ...]]:
 
 
 def _read() -> dict[str, Any]:
-    """The machines of the cache file; none where it cannot be read, or is of another format."""
+    """The machines of the cache file; none where it cannot be read, is damaged, or is of another format."""
     try:
         body = json.loads(cache_file().read_text())
         machines = body["machines"] if body["format"] == FORMAT else {}
+        if body["checksum"] != _checksum(machines):
+            return {}
         return {key: {n: [*map(float, t)] for n, t in found.items()} for key, found in machines.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _checksum(machines: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(machines).encode())
 
 
 def keep(key: str, known: Mapping[str, tuple[float, ...]]) -> Path:
@@ -243,7 +250,8 @@ def keep(key: str, known: Mapping[str, tuple[float, ...]]) -> Path:
     Where the folder cannot be written, this process alone knows it.
     """
     path = cache_file()
-    body = json.dumps({"format": FORMAT, "machines": {**_read(), key: known}}, indent=1)
+    machines = {**_read(), key: known}
+    body = json.dumps({"format": FORMAT, "checksum": _checksum(machines), "machines": machines}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
