@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from gramian.batch import first_samples, mapped
-from gramian.compression.calibration.calibrating import cuttable
+from gramian.compression.calibration.reading import cuttable
 from gramian.compression.calibration.targets import Target
 from gramian.compression.sharded.holding import Holding, as_bytes, fitting, holding, resident
 from gramian.compression.sharded.passing import Item
