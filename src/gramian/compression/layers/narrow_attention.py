@@ -94,6 +94,13 @@ class NarrowAttention(nn.MultiheadAttention):
         )
         return (out.transpose(0, 1) if turned else out), weights
 
+    def _reset_parameters(self) -> None:
+        """Drawn again as torch's class draws them: transformers calls this of a model that it reads."""
+        marked = self._qkv_same_embed_dim
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = marked
+
 
 def _check(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
     if mask is None:
