@@ -148,7 +148,7 @@ def _of_use(
     assert outputs is not None
     m, n = matrix_of(target.module).shape
     if inputs.batch:
-        raise Uncaptured("its parts have inputs of their own, as in attention to another sequence: they share no factors")
+        raise Uncaptured("its parts have inputs of their own, as in attention to another sequence")
     if site.transposed:
         wanted = (("A", inputs.dim, m), ("G", outputs.dim, n))
     else:

@@ -1,4 +1,4 @@
-"""Heads of torch's attention, whose class names them: the function that applies its weights hides what becomes of them."""
+"""Heads of torch's attention, whose class tells them: one function applies all its weights, and no layer is seen to."""
 
 from __future__ import annotations
 

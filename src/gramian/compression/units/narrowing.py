@@ -54,10 +54,11 @@ def narrow(
     """Plans which attention heads, hidden units and channels to remove so that the loss grows least.
 
     What can be removed is found by setting outputs of layers to zero and comparing what changes, so it does not depend
-    on the classes of modules: rows of one or several matrices (gate and up; Q, K and V) and columns of the one that
-    they feed, with what a norm between them holds. The columns that stay are moved to make up for those that go, by
-    least squares on the layer's inputs. The result has the same modules, with fewer rows and columns: it is faster on
-    any hardware, and can be compressed further by `gm.compress`.
+    on the classes of modules, but for `nn.MultiheadAttention`: rows of one or several matrices (gate and up; Q, K and
+    V) and columns of the one that they feed, with what a norm between them holds. The columns that stay are moved to
+    make up for those that go, by least squares on the layer's inputs. The result has the same modules, with fewer rows
+    and columns (torch's attention becomes a `NarrowAttention`): it is faster on any hardware, and can be compressed
+    further by `gm.compress`.
 
     Args:
         model: left untouched; the plan has a copy.
