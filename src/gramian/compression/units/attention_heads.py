@@ -46,7 +46,7 @@ def find_heads(
         why = _why_whole(prefix, module, exclude, uses)
         if why:
             reasons |= dict.fromkeys(within, why)
-        elif within:
+        elif f"{prefix}out_proj" in within:
             width = module.num_heads * module.head_dim
             rows = torch.arange(3 * width).view(3, width)
             parts = tuple(Part(prefix.rstrip("."), tuple(part.tolist())) for part in rows)

@@ -32,7 +32,7 @@ from gramian.errors import GramianWarning, InputError
 from gramian.layers import operation_of
 from gramian.loader import Batches
 from gramian.objective import Objective, as_objective
-from gramian.recording import by_modules
+from gramian.recording.measuring import by_modules
 
 __all__ = ["narrow"]
 
