@@ -23,7 +23,8 @@ class NarrowAttention(nn.MultiheadAttention):
     kernel of inference, which takes whole attention alone.
 
     Args:
-        args, named: those of `nn.MultiheadAttention`; as constructed, it has all heads.
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: those
+            of `nn.MultiheadAttention`; as constructed, it has all heads.
 
     Raises:
         InputError: in a call, a mask has a shape for another number of heads, or is neither boolean nor
@@ -50,7 +51,17 @@ class NarrowAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The outputs and the weights, as torch's class gives them. A mask for each head is one for the heads left."""
+        """The outputs and the weights, as torch's class gives them.
+
+        Args:
+            query: (T, N, embed_dim), with `batch_first` (N, T, embed_dim), or of one sample (T, embed_dim).
+            key, value: (S, N, kdim) and (S, N, vdim), or alike.
+            key_padding_mask: (N, S) or (S,): `True` where a key is left out, or numbers that are added to its scores.
+            need_weights: whether the weights are returned.
+            attn_mask: (T, S), or (N · heads, T, S) for the heads that are left; as the other mask.
+            average_attn_weights: whether the weights are the mean of those of the heads.
+            is_causal: a hint that `attn_mask` is the causal one.
+        """
         if query.is_nested:
             return attended_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask)
         batched = query.ndim == 3
