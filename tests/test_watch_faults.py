@@ -55,6 +55,16 @@ def test_a_fault_of_the_loop_is_the_first_that_is_told(fault: str) -> None:
     assert "parameter-unused" not in [f.code for f in findings]
 
 
+def test_gradients_that_an_optimizer_of_another_model_does_not_zero_are_not_told_beside_it() -> None:
+    model, optimizer, x = net(), torch.optim.SGD(net().parameters(), lr=0.05), torch.randn(32, 8)
+    with gm.watch(model, optimizer, every=2, share=None) as watching:
+        for _ in range(6):
+            F.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [f.code for f in watching.findings] == ["parameter-not-stepped"]
+
+
 @pytest.mark.parametrize("kind", ["norm", "dropout", "neither"])
 def test_a_training_that_goes_on_in_evaluation_mode(kind: str) -> None:
     """After a validation, model.train() was forgotten; a validation in between is none."""
