@@ -66,7 +66,7 @@ def _has_lengths_second(batch: Any) -> bool:
     are_whole = not any(t.is_floating_point() or t.dtype == torch.bool for t in (lengths, y))
     if not are_whole or x.ndim < 2 or lengths.ndim != 1 or not len(x) == len(lengths) == len(y) > 0:
         return False
-    return 1 <= int(lengths.min()) and int(lengths.max()) <= x.shape[1]
+    return int(lengths.min()) >= 1 and int(lengths.max()) <= x.shape[1]
 
 
 def labels(context: Context) -> Iterator[Finding]:

@@ -40,7 +40,7 @@ FAR_FROM_EPS = 10.0
 
 
 class Loop:
-    """Follows the gradients of the first and the last parameter that the optimizer has through steps that are looked at.
+    """Follows the gradients of the first and last parameter that the optimizer has, through steps that are looked at.
 
     Args:
         parameters: those that are trained, by name.
