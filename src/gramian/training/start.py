@@ -22,7 +22,7 @@ from gramian.training.values import one_of
 __all__ = ["INITS", "INIT_OF_ACTION", "initialize", "leaves_error"]
 
 # What the line about an initialization says before an error that is still there.
-UNREPAIRED, REMAINS = "no initialization repairs this: ", "; but: "
+UNREPAIRED, REMAINS = "since no initialization repairs this: ", "; but: "
 
 # Training batches for the diagnosis before the first step.
 NUM_BATCHES = 4

@@ -33,7 +33,7 @@ def labels_in_range(context: Context) -> Iterator[Finding]:
     smallest, largest, classes = context.observed.labels
     if 0 <= smallest <= largest < classes:
         return
-    batch = context.observed.batches[0] if context.observed.batches else None
+    batch: Any = context.observed.batches[0] if context.observed.batches else None
     if _has_lengths_second(batch) and (int(batch[1].min()), int(batch[1].max())) == (smallest, largest):
         yield Finding(
             "labels-out-of-range",

@@ -248,7 +248,7 @@ def following(finding: Finding, root: Finding | None) -> Finding:
         finding: that is to be told.
         root: what it follows from, or `None`.
 
-    Returns: the finding, or what is told in its place.
+    Returns: that remark, or the finding as it is.
     Raises: nothing of its own.
     Cost: none.
     Source: this library's own.
