@@ -133,6 +133,7 @@ class Run:
         best_step: whose weights the model has, where `best` was asked; `None` where they are the last ones.
         findings: what the watch found, a row for each code and place: the `step`, and a finding's `severity`, `code`,
             `where`, `title`, `evidence`, `cause` and `remedy`. Empty without a watch.
+        looks: how many full looks a watch made; in a resumed run, since then.
     """
 
     model: nn.Module
@@ -152,6 +153,7 @@ class Run:
     start: float = math.nan
     findings: list[dict[str, Any]] = field(default_factory=list)
     best_step: int | None = None
+    looks: int = 0
 
     def __repr__(self) -> str:
         numbers = ", ".join(
