@@ -142,7 +142,7 @@ class FindingsView:
             grid.add_row(Text(finding.severity, style), Text(spell(finding.title), "bold"))
             rows = [(field, Text(spell(getattr(finding, field)))) for field in ("code", "where", "evidence", "cause")]
             code = Text(spell.lines(_typed(finding.action, options.max_width)), "cyan") if finding.action else Text()
-            rows += [("remedy", code), ("" if code else "remedy", Text(spell.lines(finding.advice)))]
+            rows += [("remedy", code), ("advice" if code else "remedy", Text(spell.lines(finding.advice)))]
             if finding.rehearsal:
                 rows.append(("verified", Text(spell(finding.rehearsal.told))))
             if self.verbose:

@@ -18,6 +18,7 @@ from gramian.checkpoint import Checkpoint, clean_name, open_checkpoint, save_ten
 from gramian.checkpoint.names import as_path
 from gramian.checkpoint.packing import RANKS
 from gramian.compression.calibration.experts import dense_weight
+from gramian.compression.storage.hooks import warn_of_hooks
 from gramian.compression.storage.ranks import factor, ranks_of, restore
 from gramian.errors import CheckpointError, some
 
@@ -39,6 +40,8 @@ def save_compressed(model: nn.Module | Plan, path: str | Path) -> None:
             part by part.
         path: the file to write or replace, or the folder.
 
+    Forward hooks are in no file: a warning names the modules that have some.
+
     Raises:
         InputError: the first is no model, as the plan itself; the folder of the file is missing, a tensor is of a kind
             that safetensors lacks, or the path is a folder and the model is none of transformers'.
@@ -59,6 +62,7 @@ def save_compressed(model: nn.Module | Plan, path: str | Path) -> None:
         write(as_path(path, "save_compressed"))
         return
     model, path = unwrapped(as_model(model, "save_compressed")), as_path(path, "save_compressed")
+    warn_of_hooks(model, "save_compressed")
     support = pretrained_support()
     if support is not None and support.is_pretrained(model) and path.suffix != ".safetensors":
         support.save_folder(model, path)

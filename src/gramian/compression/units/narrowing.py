@@ -14,7 +14,7 @@ from gramian.batch import first_samples, num_samples, tensors
 from gramian.block import Block, blocks
 from gramian.calls import as_model, prepared, unwrapped
 from gramian.compression.budget.planning import judged
-from gramian.compression.budget.predicting import REMOVED, Point, measured_points
+from gramian.compression.budget.predicting import REMOVED, Rises, measured_points
 from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.calibration.calibrating import Measure, calibrate
 from gramian.compression.calibration.correcting import corrected
@@ -139,7 +139,7 @@ def narrow(
         warnings.warn(f"narrow: {note}", GramianWarning, stacklevel=2)
     whole = {layer.units.name: layer.units.num for layer in layers}
     plan = NarrowPlan(own, tuple(layers), 1.0, whole, reasons, tuple(notes))
-    plan = replace(plan, points=_measured(plan, measure.against(own)))
+    plan = replace(plan, rises=_measured(plan, measure.against(own)))
     return plan if keep is None else plan.at(keep=keep)
 
 
@@ -190,7 +190,8 @@ def _price(model: nn.Module, units: Units) -> int:
     return max(1, total // units.num)
 
 
-def _measured(plan: NarrowPlan, measure: Measure) -> tuple[Point, ...]:
+def _measured(plan: NarrowPlan, measure: Measure) -> Rises:
     """The rise of the loss at a few shares of what can be removed."""
     parts = [plan.at(keep=1 - removed * (1 - plan.smallest)) for removed in REMOVED]
-    return measured_points(plan.model, measure, [(part.predicted_loss, part.apply, True) for part in parts])
+    points = measured_points(plan.model, measure, [(part.predicted_loss, part.apply, True) for part in parts])
+    return Rises(points, measure=measure)
