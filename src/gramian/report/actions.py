@@ -68,7 +68,8 @@ ACTIONS: dict[str, str] = {
     "rectify": "for name in {names}:\n    model.set_submodule(name, torch.nn.ReLU())\n"
     "gm.init.isometric_(model, next(iter(batches)){more})",
     "remove": "model.set_submodule({module}, torch.nn.Identity())",
-    "log_probabilities": _UNSAVED + "model.register_forward_hook(lambda module, args, output: output.clamp(min=1e-30).log())",
+    "log_probabilities": _UNSAVED
+    + "model.register_forward_hook(lambda module, args, output: output.clamp(min=1e-30).log())",
     "set": "for name in {names}:\n    model.get_submodule(name).{attribute} = {value}",
     "unshare": "import copy\n\nmodel.set_submodule(\n    {module}, torch.nn.ModuleList(copy.deepcopy(m) for m in "
     "model.get_submodule({module}))\n)\n" + _ADD,

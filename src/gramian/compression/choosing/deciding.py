@@ -212,7 +212,7 @@ def decide(
                 tried(share)
         tell("Evaluate", 1.0, f"{budget} {keep:.3f}")
         made = contenders(plan, model, small, tried, speeds, tell)
-        notes = [*remark, *_notes(tried, target, made, speeds, small)]
+        notes = [*_notes(tried, target, made, speeds, small)]
     finally:
         model.train(was)
     outcome = Outcome(
@@ -230,6 +230,7 @@ def decide(
         seconds=seconds,
         waited=speeds.waited,
         notes=(*plan.notes, *notes),
+        remarks=remark,
         for_speed=target.speedup is not None,
         share_of="bytes" if target.budget == "size" else "parameters",
     )
@@ -268,8 +269,9 @@ class _Refitting:
         except InputError as error:
             return _Refitted(plan, keep, small, (f"not refit: {error}",))
         before, after = quality.of(small), quality.of(fitted)
-        self.tell("Refit", 1.0, f"{quality.measure} {before:.4g} → {after:.4g}")
-        if not quality.drop(after) < quality.drop(before):
+        is_better = quality.drop(after) < quality.drop(before)
+        self.tell("Refit", 1.0, f"{quality.measure} {before:.4g} → {after:.4g}{'' if is_better else ', dropped'}")
+        if not is_better:
             return _Refitted(plan, keep, small)
         change = f"{quality.measure} {before:.4g} before, {after:.4g} after"
         remark = f"layers were refit to the dense model's outputs: {change}; the curve is without"

@@ -150,6 +150,8 @@ def _layers(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, Block],
     adapters = adapted(model)
     for block in blocks(model).blocks:
         name, module = module_name(block), block.module
+        if isinstance(module, nn.RNNBase):
+            reasons[name] = "the units of recurrent modules are not narrowed"
         if operation_of(module).factors not in ("linear", "convolution"):
             continue
         depthwise = is_elementwise(module)
