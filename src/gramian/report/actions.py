@@ -45,7 +45,7 @@ _UPDATE = (
 )
 
 # What stands above a hook.
-_UNSAVED = "# A hook is not in state_dict: to keep it, put it into the data or into forward.\n"
+_UNSAVED = "# Not in state_dict: put it into the data or into forward.\n"
 
 # Name of an action: its code, Python or a command line that begins with "gramian". Every {parameter} must be given,
 # but {more} stands for the keywords that `KEYWORDS` allows, and {hook} for a hook that changes what stands `at` a path.
@@ -68,8 +68,8 @@ ACTIONS: dict[str, str] = {
     "rectify": "for name in {names}:\n    model.set_submodule(name, torch.nn.ReLU())\n"
     "gm.init.isometric_(model, next(iter(batches)){more})",
     "remove": "model.set_submodule({module}, torch.nn.Identity())",
-    "log_probabilities": _UNSAVED
-    + "model.register_forward_hook(lambda module, args, output: output.clamp(min=1e-30).log())",
+    "log_probabilities": _UNSAVED + "model.register_forward_hook("
+    "lambda module, args, output: output.clamp(min=1e-30).log())",
     "set": "for name in {names}:\n    model.get_submodule(name).{attribute} = {value}",
     "unshare": "import copy\n\nmodel.set_submodule(\n    {module}, torch.nn.ModuleList(copy.deepcopy(m) for m in "
     "model.get_submodule({module}))\n)\n" + _ADD,

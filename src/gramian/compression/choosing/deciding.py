@@ -20,6 +20,7 @@ from gramian.compression.choosing.speeds import Speeds, paced
 from gramian.compression.fitting.refitting import refit
 from gramian.compression.layers.lowrank import LowRank
 from gramian.compression.storage.plans import AnyPlan
+from gramian.compression.units.narrowing import may_narrow
 from gramian.errors import InputError
 from gramian.objective import Objective, as_objective
 from gramian.report.compression import Contender, Outcome, Ratio
@@ -323,7 +324,7 @@ def _too_slow(target: Target, speeds: Speeds, best: str, fused: str = "") -> Inp
         rest = f". Do not {'narrow' if target.narrow else 'factor'} this model; use {name}, which is {ratio} as fast"
     else:
         rest = "".join(f"; {name}: {ratio}" for ratio, name in others)
-        if not target.narrow:
+        if not target.narrow and may_narrow(speeds.dense):
             rest += ". With --narrow, heads, units and channels are removed in place of ranks, and layers stay dense"
     return InputError(
         f"compress: nothing makes this model {wanted:g}× as fast on this machine, at batch 1 and at {speeds.num}; "

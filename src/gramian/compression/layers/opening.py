@@ -20,7 +20,7 @@ from gramian.compression.layers.modules import clean_module_name
 __all__ = ["close_", "inner_name", "is_open", "open_"]
 
 
-class OpenAttention(nn.MultiheadAttention):
+class _OpenAttention(nn.MultiheadAttention):
     """Its weight and bias of queries, keys and values are those of the layer `in_proj`."""
 
     @property
@@ -34,7 +34,7 @@ class OpenAttention(nn.MultiheadAttention):
         return self._modules["in_proj"].bias  # type: ignore[union-attr]
 
 
-class OpenRecurrence:
+class _OpenRecurrence:
     """The weights that the function is given are read off layers: `ih_l0` for `weight_ih_l0`."""
 
     _modules: dict[str, Any]
@@ -54,20 +54,20 @@ class OpenRecurrence:
         return inner.weight if inner is not None and name.startswith("weight_") else super().__getattr__(name)  # type: ignore[misc]
 
 
-class OpenLSTM(OpenRecurrence, nn.LSTM):
+class OpenLSTM(_OpenRecurrence, nn.LSTM):
     """An `nn.LSTM` of which a weight is a layer, and may have two factors."""
 
 
-class OpenGRU(OpenRecurrence, nn.GRU):
+class OpenGRU(_OpenRecurrence, nn.GRU):
     """An `nn.GRU` of which a weight is a layer, and may have two factors."""
 
 
-class OpenRNN(OpenRecurrence, nn.RNN):
+class OpenRNN(_OpenRecurrence, nn.RNN):
     """An `nn.RNN` of which a weight is a layer, and may have two factors."""
 
 
 OPEN: dict[type[nn.Module], type[nn.Module]] = {
-    nn.MultiheadAttention: OpenAttention,
+    nn.MultiheadAttention: _OpenAttention,
     nn.LSTM: OpenLSTM,
     nn.GRU: OpenGRU,
     nn.RNN: OpenRNN,

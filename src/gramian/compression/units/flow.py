@@ -130,9 +130,7 @@ def _why_none(name: str, blocks: Mapping[str, Block], watch: _Watch) -> str:
     }
     into = watch.run(every, until=name)
     if into is not None and not bool(watch.changed(name, into).any()):
-        return (
-            "its inputs come from no layer that can be narrowed: from the model's input, a table or a recurrent module"
-        )
+        return "its inputs come from no layer that can be narrowed, as from a table or a recurrent module"
     return "its inputs reach other layers too, or mix before they reach it"
 
 

@@ -224,8 +224,8 @@ class NarrowPlan:
             raise InputError(f"narrow: keep must be a share in (0, 1], got {keep!r}")
         if keep < self.smallest:
             raise InputError(
-                f"narrow: keep={keep} is below the smallest possible share of the parameters, {self.smallest:.3f}, which "
-                f"leaves one unit in each layer that can be narrowed{self.left_dense()}"
+                f"narrow: keep={keep} is below the smallest possible share of the parameters, {self.smallest:.3f}, "
+                f"which leaves one unit in each layer that can be narrowed{self.left_dense()}"
             )
         steps = sorted(((worth, i, kept) for i, layer in enumerate(self.layers) for worth, kept in layer.steps))
         kept = {layer.units.name: layer.units.num for layer in self.layers}

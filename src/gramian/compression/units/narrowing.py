@@ -32,7 +32,7 @@ from gramian.layers import operation_of
 from gramian.loader import Batches
 from gramian.objective import Objective, as_objective
 
-__all__ = ["narrow"]
+__all__ = ["may_narrow", "narrow"]
 
 SAMPLES = 2
 """Of the first batch, with which units are looked for."""
@@ -141,6 +141,11 @@ def narrow(
     plan = NarrowPlan(own, tuple(layers), 1.0, whole, reasons, tuple(notes))
     plan = replace(plan, rises=_measured(plan, measure.against(own)))
     return plan if keep is None else plan.at(keep=keep)
+
+
+def may_narrow(model: nn.Module) -> bool:
+    """Whether there can be units: two layers at least, of which one produces what the other takes."""
+    return len(_layers(model, ())[0]) > 1
 
 
 def _layers(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, Block], dict[str, str]]:
