@@ -4,6 +4,7 @@ from gramian.compression.budget.plan import Plan
 from gramian.compression.budget.planning import compress
 from gramian.compression.fitting.refitting import refit
 from gramian.compression.layers.lowrank import LowRank
+from gramian.compression.layers.narrow_attention import NarrowAttention
 from gramian.compression.layers.opening import OpenGRU, OpenLSTM, OpenRNN
 from gramian.compression.storage.files import load_compressed, save_compressed
 from gramian.compression.storage.plans import load_plan, save_plan
@@ -11,6 +12,7 @@ from gramian.compression.units.narrowing import NarrowPlan, narrow
 
 __all__ = [
     "LowRank",
+    "NarrowAttention",
     "NarrowPlan",
     "OpenGRU",
     "OpenLSTM",
