@@ -65,15 +65,48 @@ class _OpenRecurrence:
 
 
 class OpenLSTM(_OpenRecurrence, nn.LSTM):
-    """An `nn.LSTM` of which a weight is a layer, and may have two factors."""
+    """An `nn.LSTM` of which a weight is a layer, and may have two factors, as a compressed model has it.
+
+    Args:
+        args, kwargs: as those of `nn.LSTM`.
+
+    Raises: as `nn.LSTM`.
+    Cost: that of torch's, and each product of factors once in a pass.
+    Source: this library's own.
+
+    >>> isinstance(OpenLSTM(2, 3), nn.LSTM)
+    True
+    """
 
 
 class OpenGRU(_OpenRecurrence, nn.GRU):
-    """An `nn.GRU` of which a weight is a layer, and may have two factors."""
+    """An `nn.GRU` of which a weight is a layer, and may have two factors, as a compressed model has it.
+
+    Args:
+        args, kwargs: as those of `nn.GRU`.
+
+    Raises: as `nn.GRU`.
+    Cost: that of torch's, and each product of factors once in a pass.
+    Source: this library's own.
+
+    >>> isinstance(OpenGRU(2, 3), nn.GRU)
+    True
+    """
 
 
 class OpenRNN(_OpenRecurrence, nn.RNN):
-    """An `nn.RNN` of which a weight is a layer, and may have two factors."""
+    """An `nn.RNN` of which a weight is a layer, and may have two factors, as a compressed model has it.
+
+    Args:
+        args, kwargs: as those of `nn.RNN`.
+
+    Raises: as `nn.RNN`.
+    Cost: that of torch's, and each product of factors once in a pass.
+    Source: this library's own.
+
+    >>> isinstance(OpenRNN(2, 3), nn.RNN)
+    True
+    """
 
 
 OPEN: dict[type[nn.Module], type[nn.Module]] = {

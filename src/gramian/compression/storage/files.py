@@ -33,14 +33,13 @@ def save_compressed(model: nn.Module | Plan, path: str | Path) -> None:
 
     A path that ends in `.safetensors` is a file, with the ranks of the layers in its metadata; a model of transformers
     with any other path becomes a folder, as by `model.save_pretrained`. `from_pretrained` loads it after
-    `import gramian.integrations.compressed`, and raises without.
+    `import gramian.integrations.compressed`, and raises without. A warning names modules with forward hooks, which no
+    file holds.
 
     Args:
         model: from `Plan.apply()`, trained further or not; or the plan itself of a model in shards, which is written
             part by part.
         path: the file to write or replace, or the folder.
-
-    Forward hooks are in no file: a warning names the modules that have some.
 
     Raises:
         InputError: the first is no model, as the plan itself; the folder of the file is missing, a tensor is of a kind
