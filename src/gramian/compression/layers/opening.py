@@ -68,7 +68,8 @@ class OpenLSTM(_OpenRecurrence, nn.LSTM):
     """An `nn.LSTM` of which a weight is a layer, and may have two factors, as a compressed model has it.
 
     Args:
-        args, kwargs: as those of `nn.LSTM`.
+        args: as those of `nn.LSTM`.
+        kwargs: likewise.
 
     Raises: as `nn.LSTM`.
     Cost: that of torch's, and each product of factors once in a pass.
@@ -83,7 +84,8 @@ class OpenGRU(_OpenRecurrence, nn.GRU):
     """An `nn.GRU` of which a weight is a layer, and may have two factors, as a compressed model has it.
 
     Args:
-        args, kwargs: as those of `nn.GRU`.
+        args: as those of `nn.GRU`.
+        kwargs: likewise.
 
     Raises: as `nn.GRU`.
     Cost: that of torch's, and each product of factors once in a pass.
@@ -98,7 +100,8 @@ class OpenRNN(_OpenRecurrence, nn.RNN):
     """An `nn.RNN` of which a weight is a layer, and may have two factors, as a compressed model has it.
 
     Args:
-        args, kwargs: as those of `nn.RNN`.
+        args: as those of `nn.RNN`.
+        kwargs: likewise.
 
     Raises: as `nn.RNN`.
     Cost: that of torch's, and each product of factors once in a pass.
