@@ -71,7 +71,7 @@ class OpenLSTM(_OpenRecurrence, nn.LSTM):
         args: as those of `nn.LSTM`.
         kwargs: likewise.
 
-    Raises: as `nn.LSTM`.
+    Raises: nothing of its own.
     Cost: that of torch's, and each product of factors once in a pass.
     Source: this library's own.
 
@@ -87,7 +87,7 @@ class OpenGRU(_OpenRecurrence, nn.GRU):
         args: as those of `nn.GRU`.
         kwargs: likewise.
 
-    Raises: as `nn.GRU`.
+    Raises: nothing of its own.
     Cost: that of torch's, and each product of factors once in a pass.
     Source: this library's own.
 
@@ -103,7 +103,7 @@ class OpenRNN(_OpenRecurrence, nn.RNN):
         args: as those of `nn.RNN`.
         kwargs: likewise.
 
-    Raises: as `nn.RNN`.
+    Raises: nothing of its own.
     Cost: that of torch's, and each product of factors once in a pass.
     Source: this library's own.
 
