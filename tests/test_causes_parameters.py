@@ -167,3 +167,32 @@ def test_an_epsilon_beyond_the_gradients_is_named(eps: float, told: bool) -> Non
     found = {f.code: f for f in gm.inspect(model, batches(), CLASSIFY, optimizer=optimizer).findings}
     assert ("rate-too-low" in found) == told
     assert not told or "ε of 5" in found["rate-too-low"].cause
+
+
+@pytest.mark.parametrize(("rate", "told"), [(3e-4, True), (0.02, False), (None, False)])
+def test_a_rate_of_adamw_given_to_muon_is_named(rate: float | None, told: bool) -> None:
+    model = Shifted(0.0)
+    found = gm.inspect(model, batches(), CLASSIFY, optimizer=gm.optim.Muon(model, lr=rate)).findings
+    assert ("rate-too-low" in {f.code for f in found}) == told
+
+
+class Speaks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(14, 24, padding_idx=0)
+        self.rnn, self.head = nn.GRU(24, 24, batch_first=True), nn.Linear(24, 14)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embed(ids))[0])
+
+
+@pytest.mark.parametrize(("already", "told"), [(True, True), (False, False)])
+def test_tokens_that_are_shifted_twice(already: bool, told: bool) -> None:
+    x = torch.randint(1, 14, (32, 12), generator=torch.Generator().manual_seed(0))
+    batch = {"ids": x[:, :-1], "labels": x[:, 1:]} if already else {"ids": x, "labels": x}
+    found = {f.code: f for f in gm.inspect(Speaks(), [batch], gm.Objective.next_token()).findings}
+    assert ("labels-independent" in found and "shifts them again" in found["labels-independent"].title) == told
+    assert "rank-deficient" not in found  # the table's row of padding is zero
+    pair = gm.inspect(Speaks(), [(x[:, :-1], x[:, 1:])], gm.Objective.next_token()).findings
+    assert not any("shifts them again" in f.title for f in pair)

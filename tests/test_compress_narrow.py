@@ -85,25 +85,6 @@ def test_channels_of_a_sum_stay() -> None:
     assert small(x).shape == (64, 4)
 
 
-class Attends(nn.Module):
-    """torch's attention, and a hidden layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x + self.attention(x, x, x, need_weights=False)[0])))
-
-
-def test_the_heads_of_torchs_attention_stay_with_the_reason() -> None:
-    torch.manual_seed(0)
-    plan = gm.narrow(Attends(), batches=list(torch.randn(64, 4, 8).split(8)), objective=DISTILL)
-    assert list(plan.kept) == ["down"]
-    assert plan.reasons["attention.out_proj"] == "the heads of nn.MultiheadAttention are not narrowed yet"
-
-
 def convolutions() -> nn.Module:
     """A depthwise convolution and norms between, and a matrix behind that sees sixteen columns for each channel."""
     return nn.Sequential(
@@ -282,7 +263,7 @@ def test_units_of_a_layer_with_two_ways_to_it_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("core", "reason"), [("attention", "heads of nn.MultiheadAttention"), ("gru", "recurrent module uses it whole")]
+    ("core", "reason"), [("attention", "its attention is factored"), ("gru", "recurrent module uses it whole")]
 )
 def test_factors_inside_one_function_have_the_true_reason(core: str, reason: str) -> None:
     class Net(nn.Module):

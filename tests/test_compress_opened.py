@@ -99,3 +99,13 @@ def test_what_cannot_be_opened_has_a_reason() -> None:
     plan = gm.compress(Other(), batches=batches, objective=DISTILL, keep=0.9)
     assert plan.reasons["core"] == "MultiheadAttention is not factored"
     assert "core.out_proj" in plan.ranks
+
+
+def test_projections_of_another_sequence_stay_with_the_reason() -> None:
+    class Crossing(Attending):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.core(x, x.flip(1), x.flip(1))[0]
+
+    plan = gm.compress(Crossing(), list(torch.randn(64, 5, 16).split(16)), DISTILL, keep=0.9)
+    assert list(plan.ranks) == ["core.out_proj"]
+    assert "inputs of their own, as in attention to another sequence" in plan.reasons["core.in_proj"]

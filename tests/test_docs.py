@@ -33,7 +33,8 @@ from gramian.optim.registry import table as directions_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [DOCS / "start.md", *sorted((DOCS / "howto").glob("*.md"))]
-REFERENCE = [DOCS / "watch.md", *(DOCS / path.name for path in sorted((DOCS / "measured").glob("*.md")))]
+USED = [DOCS / f"{name}.md" for name in ("watch", "capture", "curvature", "linalg_spectra")]
+REFERENCE = [*USED, *(DOCS / path.name for path in sorted((DOCS / "measured").glob("*.md")))]
 """Pages of which the code before the first heading is run: what follows it has names of the reader's."""
 BLOCK = re.compile(
     r"(<!-- (?P<mark>not run|numbers vary): (?P<why>[^\n]*?) -->\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$",

@@ -199,6 +199,10 @@ def test_other_misuse_is_refused() -> None:
         (Objective.classification(), (x, torch.zeros(4, 2)), "classification wants"),
         (Objective.classification(), (x, torch.zeros(3, dtype=torch.long)), "classification wants"),
         (Objective.regression(), (x, torch.zeros(4)), "differ in shape"),
+        (Objective.regression(), (x, torch.zeros(4, dtype=torch.long)), r"write gm.Objective.classification\(\)"),
+        (Objective.classification(), (x, torch.randn(4, 2)), r"write gm.Objective.regression\(\)"),
+        (as_objective(lambda output, target: F.mse_loss(output, target)), (x, torch.zeros(4)), "output and a target"),
+        (as_objective(lambda o, t: F.mse_loss(o, t)), {"a": x, "y": x}, r"\(model\(batch\['a'\]\), batch\['y'\]\)"),
         (as_objective(lambda model, batch: model(batch)), x, "scalar mean"),
         (as_objective(lambda model, batch: model(x).mean()), ("text",), "must start with a tensor"),
     ]

@@ -12,10 +12,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from gramian.batch import described
+from gramian.batch import LABELS, described, fields
 from gramian.errors import InputError
 
-__all__ = ["instead_of_model", "instead_of_objective", "known_names"]
+__all__ = ["as_function", "instead_of_model", "instead_of_objective", "known_names"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +28,29 @@ _LOSSES = {
     "mse_loss": "regression()",
 }
 _KINDS = ("classification", "regression", "next_token", "reconstruction", "self_distillation")
+
+
+def as_function(batch: Any, loss: str = "loss") -> str:
+    """The line that makes a loss of an output and a target into one of a model and a batch.
+
+    Args:
+        batch: one of those that it will get.
+        loss: the function's name.
+
+    Returns: a lambda's source, with the batch's own keys where it has some.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> as_function({"image": 0, "labels": 1}, "F.mse_loss")
+    "lambda model, batch: F.mse_loss(model(batch['image']), batch['labels'])"
+    """
+    named = fields(batch)
+    if not named:
+        return f"lambda model, batch: {loss}(model(batch[0]), batch[1])"
+    label = next((key for key in LABELS if key in named), LABELS[0])
+    given = next((key for key in named if key not in LABELS), "inputs")
+    return f"lambda model, batch: {loss}(model(batch[{given!r}]), batch[{label!r}])"
 
 
 def instead_of_model(value: Any) -> str:

@@ -40,7 +40,7 @@ def command(
     ] = None,
     keep: Annotated[float | None, typer.Option(help="Target: this share of the parameters, as 0.6.")] = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="Target: the held-out measure worse by no more than this, as 0.01.")
+        float | None, typer.Option(help="Target: the held-out measure worse by at most this, in its own unit, as 0.01.")
     ] = None,
     speedup: Annotated[
         float | None, typer.Option(help="Target: a forward pass this many times as fast on this machine, as 1.5.")

@@ -4,12 +4,14 @@ from gramian.compression.budget.plan import Plan
 from gramian.compression.budget.planning import compress
 from gramian.compression.fitting.refitting import refit
 from gramian.compression.layers.lowrank import LowRank
+from gramian.compression.layers.narrow_attention import NarrowAttention
 from gramian.compression.storage.files import load_compressed, save_compressed
 from gramian.compression.storage.plans import load_plan, save_plan
 from gramian.compression.units.narrowing import NarrowPlan, narrow
 
 __all__ = [
     "LowRank",
+    "NarrowAttention",
     "NarrowPlan",
     "Plan",
     "compress",

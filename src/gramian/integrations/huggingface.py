@@ -30,7 +30,7 @@ def trainer_optimizer(kind: str | type[MatrixOptimizer] = "auto", **options: Any
 
     Args:
         kind: a name of `gm.optim.OPTIMIZERS`, `"auto"`, or the class.
-        options: of the optimizer.
+        options: of the optimizer; without `lr`, it takes its usual rate.
 
     Returns:
         A pair: a function that returns the class, which the Trainer calls first, and the options.
@@ -41,9 +41,9 @@ def trainer_optimizer(kind: str | type[MatrixOptimizer] = "auto", **options: Any
     Cost: none.
     Source: `Trainer.create_optimizer` of transformers 5.
 
-    >>> make, options = trainer_optimizer("muon", lr=0.02)
-    >>> make(), options  # in full: Trainer(model, args, …, optimizer_cls_and_kwargs=trainer_optimizer("muon", lr=0.02))
-    (<class 'gramian.optim.muon.Muon'>, {'lr': 0.02})
+    >>> make, options = trainer_optimizer("muon", weight_decay=0.1)
+    >>> make(), options  # in full: Trainer(model, args, …, optimizer_cls_and_kwargs=trainer_optimizer("muon"))
+    (<class 'gramian.optim.muon.Muon'>, {'weight_decay': 0.1})
     """
     if isinstance(kind, str):
         name = AUTO if kind == "auto" else kind

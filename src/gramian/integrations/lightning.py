@@ -22,7 +22,7 @@ def lightning_callback(inspector: Inspector | None = None, loggers: Sequence[Log
     optimizer's number in front where there are several. The module is inspected at the start, every `inspector.every`
     steps, and at the end.
 
-    The optimizer itself is one line, `def configure_optimizers(self): return gm.optim.Muon(self, lr=0.02)`.
+    The optimizer itself is one line, `def configure_optimizers(self): return gm.optim.Muon(self)`.
 
     Args:
         inspector: `Inspector(batches, objective, every=500)`; without one, nothing is inspected.

@@ -87,8 +87,8 @@ class Grouped(torch.optim.Optimizer):
             # In the order of the model, which is that of an AdamW's state too; `found` is ordered by role.
             order: dict[Tensor, int] = {p: i for i, p in enumerate(params.parameters())}
             found[0][0].sort(key=lambda r: order[r.parameter])
-        if lr is None and self.grows_with_depth and given["scale"] == "spectral":
-            self._options["lr"] = usual_lr(self.base_lr, self._num_matrices, plain=is_plain(self._routes.values()))
+        if lr is None:
+            self._options["lr"] = self.usual_lr
         self._built = False
         super().__init__([self._group(routes, own) for routes, own in found], dict(self._options))
         self._built = True
@@ -180,6 +180,13 @@ class Grouped(torch.optim.Optimizer):
     def _direction(cls) -> str:
         """The name under which a state is saved: that of the class that has the recipe, for classes made of it too."""
         return next(base.__name__ for base in cls.__mro__ if "recipe" in base.__dict__)
+
+    @property
+    def usual_lr(self) -> float:
+        """The rate where none is given: of this network, for optimizers whose rate grows with its depth."""
+        if self.grows_with_depth and self._options["scale"] == "spectral":
+            return usual_lr(self.base_lr, self._num_matrices, plain=is_plain(self._routes.values()))
+        return self._usual_lr()
 
     @classmethod
     def _usual_lr(cls) -> float:

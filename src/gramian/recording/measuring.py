@@ -12,7 +12,7 @@ from torch import nn
 
 from gramian.recording.keeping import kept_random, own_gradients
 
-__all__ = ["batch_statistics", "eager", "evaluating", "measuring", "training"]
+__all__ = ["batch_statistics", "by_modules", "eager", "evaluating", "measuring", "training"]
 
 
 @contextmanager
@@ -119,6 +119,29 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 def eager() -> Any:
     """A context in which compiled models run uncompiled, since a function mode does not see into compiled code."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def by_modules() -> Iterator[None]:
+    """A context without torch's inference kernels of attention, which hide modules and take nested tensors.
+
+    `nn.TransformerEncoder` then keeps its padding.
+
+    Returns: the context manager.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> with by_modules():
+    ...     print(torch.backends.mha.get_fastpath_enabled())
+    False
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

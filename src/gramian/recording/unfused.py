@@ -63,7 +63,8 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """`torch.nn.functional.multi_head_attention_forward`, with an `F.linear` for each product with a weight.
 
-    Query (T, N, E), key and value (S, N, ·), or without N. Inside, samples come first: (N, T, E).
+    Query (T, N, E), key and value (S, N, ·), or without N. Inside, samples come first: (N, T, E). The size of a head
+    follows from the weights, so that there may be fewer heads than torch's function takes.
     """
     batched = query.ndim == 3
     same_kv, same = key is value, query is key and key is value
@@ -72,8 +73,6 @@ def attention(
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     query, key = query.transpose(0, 1), key.transpose(0, 1)
     value = key if same_kv else value.transpose(0, 1)
-    width = query.shape[-1]
-    head = width // num_heads
     if use_separate_proj_weight:
         assert q_proj_weight is not None
         assert k_proj_weight is not None
@@ -89,6 +88,7 @@ def attention(
     if bias_k is not None and bias_v is not None:
         k = torch.cat([k, bias_k.transpose(0, 1).expand(len(k), 1, -1)], 1)
         v = torch.cat([v, bias_v.transpose(0, 1).expand(len(v), 1, -1)], 1)
+    head = q.shape[-1] // num_heads
     q = q.unflatten(-1, (num_heads, head)).transpose(1, 2)
     k = k.unflatten(-1, (num_heads, head)).transpose(1, 2) if static_k is None else _static(static_k, num_heads)
     v = v.unflatten(-1, (num_heads, head)).transpose(1, 2) if static_v is None else _static(static_v, num_heads)
@@ -114,10 +114,10 @@ def attention(
 def _packed(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, *, same: bool, same_kv: bool
 ) -> Sequence[Tensor]:
-    """Queries, keys and values by one packed weight (3E, E): in one product where they come from one tensor."""
+    """Queries, keys and values by one packed weight (3D, E): in one product where they come from one tensor."""
     if same:
         return F.linear(query, weight, bias).chunk(3, -1)
-    width = query.shape[-1]
+    width = len(weight) // 3
     parts = [width, 2 * width] if same_kv else [width] * 3
     weights, biases = weight.split(parts), [None] * len(parts) if bias is None else bias.split(parts)
     found = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=False)]

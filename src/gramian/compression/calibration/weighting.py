@@ -147,6 +147,8 @@ def _of_use(
     assert inputs is not None
     assert outputs is not None
     m, n = matrix_of(target.module).shape
+    if inputs.batch:
+        raise Uncaptured("its parts have inputs of their own, as in attention to another sequence")
     if site.transposed:
         wanted = (("A", inputs.dim, m), ("G", outputs.dim, n))
     else:

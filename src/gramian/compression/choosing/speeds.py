@@ -78,8 +78,8 @@ class Speeds:
         if not lost:
             return ""
         return (
-            f"{' and '.join(lost)} lose torch's fused inference kernel, which takes dense weights alone; the times of "
-            "the whole model include that"
+            f"{' and '.join(lost)} lose torch's fused inference kernel, which takes dense weights and all heads alone; "
+            "the times of the whole model include that"
         )
 
 

@@ -8,6 +8,7 @@ Whatever replaces that layer is multiplied out once in each pass: that saves byt
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from gramian.block import blocks
 from gramian.compression.calibration.experts import OPENED, close_stacks_, is_stack, open_stack_, stack_of
 from gramian.compression.layers.factored_weight import FactoredWeight
 from gramian.compression.layers.modules import clean_module_name
+from gramian.compression.layers.narrow_attention import NarrowAttention, attended_nested
 
 __all__ = ["close_", "inner_name", "is_open", "open_"]
 
@@ -32,6 +34,14 @@ class _OpenAttention(nn.MultiheadAttention):
     def in_proj_bias(self) -> Any:
         """The bias."""
         return self._modules["in_proj"].bias  # type: ignore[union-attr]
+
+    def forward(self, query: Tensor, *args: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+        """torch's, which takes nested tensors in its kernel of dense weights alone."""
+        call = partial(attended_nested, self) if query.is_nested else super().forward
+        return call(query, *args, **named)
+
+
+class _OpenNarrowAttention(_OpenAttention, NarrowAttention): ...
 
 
 class _OpenRecurrence:
@@ -65,6 +75,7 @@ class _OpenRNN(_OpenRecurrence, nn.RNN): ...
 
 OPEN: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: _OpenAttention,
+    NarrowAttention: _OpenNarrowAttention,
     nn.LSTM: _OpenLSTM,
     nn.GRU: _OpenGRU,
     nn.RNN: _OpenRNN,
@@ -87,7 +98,7 @@ def inner_name(module: nn.Module, local: str) -> str:
         local: the parameter's name.
     """
     cls = CLOSED.get(type(module), type(module))
-    if cls is nn.MultiheadAttention:
+    if cls in (nn.MultiheadAttention, NarrowAttention):
         return "in_proj" if local == "in_proj_weight" else ""
     projected = local.startswith("weight_hr")
     return local.removeprefix("weight_") if cls in OPEN and local.startswith("weight_") and not projected else ""

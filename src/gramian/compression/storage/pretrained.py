@@ -28,7 +28,7 @@ from gramian.compression.calibration.experts import dense_weight, stack_of
 from gramian.compression.layers.lowrank import LowRank
 from gramian.compression.layers.opening import open_
 from gramian.compression.storage.files import _check_fit
-from gramian.compression.storage.ranks import factor, ranks_of, restore
+from gramian.compression.storage.ranks import factor, openable, ranks_of, restore
 from gramian.compression.storage.slicing import SLICED_KEYS
 from gramian.errors import CheckpointError, some
 from gramian.texts import read_text
@@ -240,7 +240,7 @@ def _resolved(model: Any, ranks: Mapping[str, Any]) -> dict[str, Any]:
     A folder may have been saved from a model with a head and be loaded without it, or the other way around.
     """
     base = f"{model.base_model_prefix}."
-    open_(model, {one for name in ranks for one in (name, name.removeprefix(base), base + name)})
+    open_(model, {one for name in openable(ranks) for one in (name, name.removeprefix(base), base + name)})
     names = {name for name, _ in model.named_modules()}
     found: dict[str, Any] = {}
     there: dict[str, str] = {}

@@ -14,7 +14,7 @@ from gramian.compression.layers.quantized import Quantized
 from gramian.compression.storage.slicing import SLICED, resized
 from gramian.layers import is_affine, operation_of
 
-__all__ = ["factor", "ranks_of", "restore"]
+__all__ = ["factor", "openable", "ranks_of", "restore"]
 
 
 def ranks_of(model: nn.Module) -> dict[str, Any]:
@@ -39,6 +39,20 @@ def ranks_of(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def _is_sliced(what: Any) -> bool:
+    """Whether a value of `ranks_of` is that of a layer with fewer rows or columns."""
+    return isinstance(what, Mapping) and "shapes" in what
+
+
+def openable(ranks: Mapping[str, Any]) -> list[str]:
+    """The names of which modules may be opened at once: what has lost heads is opened when it has lost them."""
+    return [name for name in ranks if not _is_sliced(ranks.get(_outer(name)))]
+
+
+def _outer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def factor(model: nn.Module, ranks: Mapping[str, Any]) -> tuple[nn.Module, dict[str, nn.Module]]:
     """The model with the layers of these names replaced, in place and without values; and the layers that were there.
 
@@ -52,15 +66,18 @@ def factor(model: nn.Module, ranks: Mapping[str, Any]) -> tuple[nn.Module, dict[
     """
     dense: dict[str, nn.Module] = {}
     tied: dict[int, nn.Module] = {}
-    open_(model, ranks)
+    open_(model, openable(ranks))
     try:
         for name, what in ranks.items():
             layer = old = submodule(model, name)
-            if isinstance(what, Mapping) and "shapes" in what:
+            if _is_sliced(what):
                 layer, what = resized(layer, what), what.get("then")
                 if what is None:
                     dense[name] = old
                     model = replaced(model, name, layer)
+                    within = [other for other in ranks if _outer(other) == name]
+                    if within:
+                        open_(model, within)
                     continue
             fits = operation_of(layer).factors and is_affine(layer) and getattr(layer, "groups", 1) == 1
             if not fits:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.compression.layers.narrow_attention import narrowed_
+
 __all__ = ["SLICED", "SLICED_KEYS", "resized", "sliced_"]
 
 SLICED = "_gramian_sliced"
@@ -57,6 +59,8 @@ def _remember(module: nn.Module, shapes: Mapping[str, Sequence[int]], numbers: M
         setattr(module, name, value)
     made = {"shapes": {**known["shapes"], **shapes}, "numbers": {**known["numbers"], **numbers}}
     setattr(module, SLICED, made)
+    if type(module) is nn.MultiheadAttention:
+        narrowed_(module)
 
 
 def resized(layer: nn.Module, what: Mapping[str, Any]) -> nn.Module:

@@ -12,7 +12,8 @@ from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.layers.lowrank import matrix_of
 from gramian.compression.layers.modules import clean_module_name, copied, submodule
 from gramian.compression.storage.slicing import FEATURES, sliced_
-from gramian.compression.units.flow import Units, channel_dim, is_elementwise, is_near
+from gramian.compression.units.attention_heads import rows_of_heads
+from gramian.compression.units.flow import Units, is_elementwise, is_near
 from gramian.layers import layer_of, layout_of
 from gramian.recording import evaluating
 
@@ -73,17 +74,14 @@ def _is_right(
 ) -> bool:
     stay = torch.arange(units.num)[units.num - num :]
     gone = torch.arange(units.num)[: units.num - num]
-    size = _channels(submodule(model, units.name)) // units.num
+    consumer = submodule(model, units.name)
+    size = _channels(consumer) // units.num
     columns = (gone[:, None] * size + torch.arange(size)).flatten()
-    consumer, dim = submodule(model, units.name), channel_dim(submodule(model, units.name), inputs=True)
-    zeroed = lambda module, args: (args[0].index_fill(dim, columns.to(args[0].device), 0.0), *args[1:])  # noqa: E731
     made = copied(model)
-    handle = consumer.register_forward_pre_hook(zeroed)
-    try:
-        with evaluating(model), torch.no_grad():
-            wanted = call(model)
-    finally:
-        handle.remove()
+    with evaluating(made), torch.no_grad():
+        weight = submodule(made, units.name).get_parameter("weight")
+        weight.index_fill_(_dims(consumer)[1], columns.to(weight.device), 0.0)
+        wanted = call(made)
     cut_(made, units, stay, numbers)
     try:
         with evaluating(made), torch.no_grad():
@@ -125,6 +123,10 @@ def cut_(model: nn.Module, units: Units, stay: Tensor, numbers: dict[str, dict[s
     for name in dict.fromkeys(part.name for part in units.parts):
         module = submodule(model, name)
         outputs = [torch.tensor(p.outputs).view(units.num, -1)[stay].flatten() for p in units.parts if p.name == name]
+        if isinstance(module, nn.MultiheadAttention):
+            num_heads = module.num_heads * len(stay) // units.num
+            sliced_(module, rows_of_heads(module, torch.cat(outputs)), {"num_heads": num_heads})
+            continue
         along = dict.fromkeys((k for k, t in _own(module) if t.ndim), 0)
         if not is_elementwise(module):
             along["weight"] = _dims(module)[0]

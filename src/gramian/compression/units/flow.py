@@ -94,8 +94,6 @@ def _not_watched(name: str, layers: Mapping[str, nn.Module]) -> str:
     outer = name
     while outer:  # a factor lies deeper
         outer = outer.rpartition(".")[0]
-        if isinstance(layers[outer], nn.MultiheadAttention):  # which hands its weights to a function
-            return "the heads of nn.MultiheadAttention are not narrowed yet"
         if isinstance(layers[outer], nn.RNNBase):
             return "a recurrent module uses it whole; its units are not narrowed yet"
     return "not run, or run several times"

@@ -77,7 +77,8 @@ def _slope(losses: Sequence[float], a: int, b: int) -> float:
 class NarrowPlan:
     """How many heads, hidden units and channels each layer keeps, at one budget for the whole model.
 
-    `plan.at(keep=0.6)` gives a plan for another budget; `plan.apply()` gives the smaller model, of the same classes.
+    `plan.at(keep=0.6)` gives a plan for another budget; `plan.apply()` gives the smaller model, of the same classes
+    (torch's attention becomes a `NarrowAttention`).
 
     Args:
         model: a copy of the model as it came.

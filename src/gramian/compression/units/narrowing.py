@@ -23,6 +23,7 @@ from gramian.compression.calibration.weighting import Uncaptured, Weighting, wei
 from gramian.compression.layers.feedback import feedback_of
 from gramian.compression.layers.lowrank import matrix_of
 from gramian.compression.layers.modules import copied, module_name, submodule
+from gramian.compression.units.attention_heads import find_heads
 from gramian.compression.units.cutting import numbers_for
 from gramian.compression.units.elimination import Elimination, eliminated
 from gramian.compression.units.flow import Units, find_units, is_elementwise
@@ -31,6 +32,7 @@ from gramian.errors import GramianWarning, InputError
 from gramian.layers import operation_of
 from gramian.loader import Batches
 from gramian.objective import Objective, as_objective
+from gramian.recording.measuring import by_modules
 
 __all__ = ["narrow"]
 
@@ -52,10 +54,11 @@ def narrow(
     """Plans which attention heads, hidden units and channels to remove so that the loss grows least.
 
     What can be removed is found by setting outputs of layers to zero and comparing what changes, so it does not depend
-    on the classes of modules: rows of one or several matrices (gate and up; Q, K and V) and columns of the one that
-    they feed, with what a norm between them holds. The columns that stay are moved to make up for those that go, by
-    least squares on the layer's inputs. The result has the same modules, with fewer rows and columns: it is faster on
-    any hardware, and can be compressed further by `gm.compress`.
+    on the classes of modules, but for `nn.MultiheadAttention`: rows of one or several matrices (gate and up; Q, K and
+    V) and columns of the one that they feed, with what a norm between them holds. The columns that stay are moved to
+    make up for those that go, by least squares on the layer's inputs. The result has the same modules, with fewer rows
+    and columns (torch's attention becomes a `NarrowAttention`): it is faster on any hardware, and can be compressed
+    further by `gm.compress`.
 
     Args:
         model: left untouched; the plan has a copy.
@@ -97,7 +100,8 @@ def narrow(
     predict_ = as_objective(objective).predict
 
     def call(net: nn.Module, samples: Sequence[Any] = few[:1]) -> Tensor:
-        outputs = (predict_(net, prepared(net, batch)) for batch in samples)
+        with by_modules():
+            outputs = [predict_(net, prepared(net, batch)) for batch in samples]
         made = [t for output in outputs for t in tensors(output) if t.is_floating_point()]
         if not made:
             raise InputError("narrow: the model's output holds no floating-point tensor")
@@ -109,10 +113,12 @@ def narrow(
     wanted = {name: block for name, block in known.items() if not by_pattern(name, include, ())}
     reasons |= dict.fromkeys(known.keys() - wanted.keys(), "not included")
     consumers = [name for name, block in wanted.items() if not why_not(block)]
-    found, without = find_units(own, consumers, known, call)
-    reasons |= without
+    heads, whole = find_heads(own, consumers, exclude)
+    apart = [name for name in consumers if name not in whole.keys() | {units.name for units in heads}]
+    found, without = find_units(own, apart, known, call)
+    reasons |= whole | without
     layers: list[Narrowed] = []
-    for units in found:
+    for units in sorted((*heads, *found), key=lambda units: consumers.index(units.name)):
         numbers = numbers_for(own, units, call_all)
         if isinstance(numbers, str):
             reasons[units.name] = numbers

@@ -60,4 +60,20 @@ def paired(context: Context) -> Iterator[Finding]:
             return
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (paired,)
+def shifted(context: Context) -> Iterator[Finding]:
+    """Find next tokens that the loss shifts once more. Exact."""
+    name = context.probes.shifted
+    if name:
+        yield Finding(
+            "labels-independent",
+            "error",
+            f"The labels {name} are the next tokens already, and the loss shifts them again",
+            where="labels",
+            evidence="each label is the input one place on, and the scores of the last place have no gradient (exact)",
+            cause="Each place is compared with the token after the next: the batch and the loss both shift.",
+            advice="Give the tokens as labels where the loss shifts them, as Hugging Face's models and "
+            "Objective.next_token do with a dict; or the pair (tokens, next tokens).",
+        )
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (paired, shifted)

@@ -21,6 +21,8 @@ SLOW, FAST = 1e-4, 0.5
 LOST, GAP = 1e-6, 100.0
 # Where Adam's ε is this many times the largest gradient, and so divides the step, a change is slow up to this one.
 EPSILON, DIVIDED = 10.0, 1e-3
+# By how much a rate may be below the one that an optimizer takes by itself.
+FAR_BELOW = 100.0
 # From this change on a rate is too high whatever the first losses are.
 ANYHOW = 5.0
 # A loss diverges that rises to this many times its first value, and by this much. It makes no progress while it is
@@ -174,6 +176,26 @@ def steps(context: Context) -> Iterator[Finding]:
         yield _too_low(context, slow[0], taken.gradient, told)
 
 
+def far_below(context: Context) -> Iterator[Finding]:
+    """Find rates of a matrix optimizer of this library that are another optimizer's: far below its usual one. Exact."""
+    usual = getattr(context.optimizer, "usual_lr", None)
+    if context.optimizer is None or not isinstance(usual, float) or context.has_learned:
+        return
+    for group in context.optimizer.param_groups:
+        rate = max(_rate(group), _scheduled(group))
+        if group.get("scale") == "spectral" and 0 < rate < usual / FAR_BELOW:
+            yield Finding(
+                "rate-too-low",
+                "warning",
+                f"The rate of the matrices, {rate:g}, is {usual / rate:,.0f} times below the usual one",
+                where="optimizer",
+                evidence=f"{type(context.optimizer).__name__} takes {usual:.3g} for this network where no lr is given",
+                cause="Its steps have the size lr whatever the gradient: a rate of AdamW's is no rate of this one.",
+                advice="Leave lr out, or call gm.suggest_lr.",
+            )
+            return
+
+
 @dataclass(frozen=True)
 class _Group:
     """A parameter group, by what its first step did."""
@@ -267,4 +289,4 @@ def _is_decoupled(optimizer: Any, group: dict[str, Any]) -> bool:
     return bool(group.get("decoupled_weight_decay")) or "AdamW" in type(optimizer).__name__
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (covered, settings, steps)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (covered, settings, steps, far_below)

@@ -29,6 +29,7 @@ from gramian.inspection.experiments.reaching import cut, unlinked
 from gramian.inspection.experiments.recutting import Recut, recut
 from gramian.inspection.experiments.replaying import Asked, are_equal, outputs_of
 from gramian.inspection.experiments.rows import Rows, compared_rows
+from gramian.inspection.experiments.shifting import shifted_twice
 from gramian.inspection.experiments.shortcuts import OneWay, Shortcut, one_way, shortcut
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
@@ -83,6 +84,7 @@ TRIED = {
     "unheard": "whether each argument has an effect",
     "inverted": "whether a mask hides what is no padding",
     "blocking": "whether matrices of zeros keep the outputs from the inputs",
+    "shifted": "whether next tokens are shifted twice",
 }
 """What a report says of a change that could not be tried."""
 
@@ -140,6 +142,7 @@ class Probes:
         unheard: arguments of the model that change no output.
         inverted: an input that is read at its padding alone, the mask, and how many samples have padding.
         blocking: matrices of zeros that keep the outputs from depending on the inputs.
+        shifted: labels that are the next tokens, and are shifted by the loss.
     """
 
     unlinked: tuple[str, ...] = ()
@@ -181,6 +184,7 @@ class Probes:
     unheard: tuple[str, ...] = ()
     inverted: tuple[str, str, int] | None = None
     blocking: tuple[str, ...] = ()
+    shifted: str | None = None
 
 
 def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[Probes, dict[str, Exception]]:
@@ -252,4 +256,5 @@ _PROBES = (
     along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope,
     log_determinant, at_labels, of_two_values, one_way, is_concave, shortcut, beyond_range, ignored_classes, recut,
     constant_loss, rows_together, made_into_inputs, unheard_arguments, inverted_mask, blocking_zeros,
+    shifted_twice,
 )  # fmt: skip

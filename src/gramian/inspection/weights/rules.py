@@ -267,18 +267,25 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
         )
 
 
+def _possible(layer: Layer) -> int:
+    """The rank that the shape allows; of an embedding with a row of zeros, as padding has, without that row."""
+    rows, columns = layer.shape[-2:]
+    is_padded = layer.role == "embedding" and layer.zeros >= columns
+    return min(rows - 1 if is_padded else rows, columns)
+
+
 def low_rank(measured: Measured) -> Iterator[Finding]:
     """Find matrices of lower rank than their shape allows, and those that two factors would store in less memory."""
     kept = [layer for layer in measured.layers if layer.name.partition("[")[0] not in measured.entries]
     layers = [layer for layer in kept if not is_product(layer)]  # their factors are stored already
     ranks = {layer.name: rank_beyond_chance(layer) for layer in layers if layer.spectral_norm}
-    low = [layer for layer in layers if (ranks.get(layer.name) or min(layer.shape)) < min(layer.shape)]
+    low = [layer for layer in layers if (ranks.get(layer.name) or min(layer.shape)) < _possible(layer)]
     if low:
         worst = min(low, key=lambda layer: (ranks[layer.name] or 0) / min(layer.shape))
         yield Finding(
             "rank-deficient",
             "info",
-            f"{len(low)} of {len(measured.layers)} matrices are rank-deficient",
+            f"{len(low)} of {len(measured.layers)} matrices {'is' if len(low) == 1 else 'are'} rank-deficient",
             where=names_of(low),
             evidence=f"lowest in {worst.name}: rank {ranks[worst.name]} of {min(worst.shape)}. The other singular "
             f"values are at the level of rounding in {worst.dtype}, and more than independent entries would put there",
