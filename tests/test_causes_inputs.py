@@ -102,6 +102,44 @@ def test_a_time_of_up_to_1000_before_a_linear_layer() -> None:
     assert not found(Timed(raw=False), diffusion(), noise_loss)
 
 
+@pytest.mark.parametrize("is_picture", [True, False])
+def test_sines_and_cosines_are_advised_for_no_picture(is_picture: bool) -> None:
+    torch.manual_seed(0)
+
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.code, self.last = nn.Embedding(4, 2), nn.Linear(2, 2)
+            self.first = nn.Conv2d(1, 2, 3) if is_picture else nn.Linear(3, 2)
+
+        def forward(self, code: Tensor, given: Tensor) -> Tensor:
+            made = self.first(given)
+            return self.last(self.code(code) + (made.mean((-1, -2)) if is_picture else made))
+
+    x = 128 + 60 * (draw(64, 1, 4, 4) if is_picture else draw(64, 3))
+    batches = [{"code": tokens(64, high=4), "given": x, "labels": tokens(64, high=2)}]
+    report = gm.inspect(Stem(), batches, gm.Objective.classification())
+    finding = next(f for f in report.findings if f.code == "input-scale")
+    assert ("sines" in finding.remedy) != is_picture, finding.remedy
+    assert report.not_looked_at["whether labels depend on inputs"] == "64 samples, and 100 or more are needed"
+
+
+def test_lengths_that_stand_where_labels_are_read_are_told() -> None:
+    x, lengths = tokens(32, 6, high=8), 1 + tokens(32, high=6)
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 3))
+    batches = [(x, lengths, x % 3)]
+    (finding,) = (
+        f for f in gm.inspect(model, batches, gm.Objective.classification()).findings if f.severity == "error"
+    )
+    assert "looks like lengths" in finding.title
+    assert "(inputs, labels, weights)" in finding.cause
+
+    def own(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[2].flatten())
+
+    assert "labels-out-of-range" not in found(model, batches, own)
+
+
 def test_targets_that_depend_on_none_of_several_inputs() -> None:
     torch.manual_seed(0)
     assert found(Timed(raw=False), diffusion(fresh=True), noise_loss) == {"labels-independent": "warning"}

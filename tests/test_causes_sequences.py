@@ -136,3 +136,21 @@ def test_vectors_of_a_sequence_without_positions() -> None:
     loss = gm.Objective.classification()
     assert "order-ignored" in codes(Sequences(positions=False, by_hand=True), batches, loss)
     assert "order-ignored" not in codes(Sequences(positions=True, by_hand=True), batches, loss)
+
+
+@pytest.mark.parametrize("kind", ["counted", "ignored", "masked", "tokens"])
+def test_padding_that_is_labeled_as_a_class(kind: str) -> None:
+    """Also where scores stand in the middle; not where the loss leaves it out, and a remark where it may end a text."""
+    torch.manual_seed(0)
+    x = tokens()
+    x[torch.arange(T) >= torch.randint(5, T, (B, 1))] = 0
+    classes = VOCABULARY if kind == "tokens" else 3
+    y = torch.where(x > 0, x % 3, -100 if kind == "ignored" else 0)
+    model = nn.Sequential(nn.Embedding(VOCABULARY, D, padding_idx=0), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, classes))
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        losses = F.cross_entropy(model(batch[0]).transpose(1, 2), batch[1], reduction="none")
+        return losses[batch[0] > 0].mean() if kind == "masked" else losses.mean()
+
+    found = [f.severity for f in gm.inspect(model, [(x, y)], loss).findings if f.code == "padding-read"]
+    assert found == {"counted": ["warning"], "tokens": ["info"]}.get(kind, [])

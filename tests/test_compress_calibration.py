@@ -480,12 +480,34 @@ def test_what_is_not_asked_for_is_not_measured(tmp_path: Path) -> None:
     assert len(calls) == measured
     assert len(plan.rises.cut or ()) == 7
     assert plan.rises.rounded is None
-    gm.save_plan(plan, tmp_path / "plan.safetensors")
-    assert plan.rises.measure is None
+    with pytest.warns(gm.errors.GramianWarning, match="save_plan: a file holds no hooks, .* on Sequential"):
+        gm.save_plan(plan, tmp_path / "plan.safetensors")
     again = gm.load_plan(plan.model, tmp_path / "plan.safetensors")
     assert again.points == plan.points
     for target in ({"keep": 0.6}, {"bits": 4}, {"keep": 0.7, "bits": 8}):
         assert again.at(**target).predicted == plan.at(**target).predicted
+
+
+@pytest.mark.parametrize("verb", [compress, gm.narrow])
+def test_a_rise_beyond_the_measured_ones_is_measured(tmp_path, verb) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 16))
+    held, objective = list(torch.randn(256, 16).split(32)), gm.Objective.self_distillation()
+    plan = verb(model, list(torch.randn(512, 16).split(32)), objective, held_out=held)
+    part = plan.at(keep=1.02 * plan.smallest)
+    with torch.no_grad():
+        small, target = part.apply(), objective.against(plan.model)
+        rise = sum(float(target.loss(small, x)[0]) for x in held) / 256
+    told = part.predicted
+    assert part.predicted_loss > max(p.estimate for p in plan.points)
+    assert told.measured
+    assert told.rise == pytest.approx(rise, rel=1e-4)
+    assert told.low < told.rise < told.high
+    assert part.predicted == told
+    gm.save_plan(plan, tmp_path / "plan.safetensors")
+    again = gm.load_plan(plan.model, tmp_path / "plan.safetensors").at(keep=1.02 * plan.smallest)
+    assert again.predicted.measured
+    assert again.predicted.rise == pytest.approx(rise, rel=0.5)
 
 
 def test_a_model_in_training_mode_is_compared_with_as_in_evaluation_mode() -> None:

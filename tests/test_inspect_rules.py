@@ -82,7 +82,7 @@ def test_every_rule_is_in_the_table(module) -> None:
 
 def test_the_causes_are_documented_and_have_a_rank() -> None:
     """In docs/inspect.md, and among the origins by which findings are ordered."""
-    ranked = {code for codes in folding._ORIGINS for code in codes} | folding._SYMPTOMS
+    ranked = {code for codes in folding._ORIGINS for code in codes} | folding.SYMPTOMS
     assert not {code for code in ranked if f"`{code}`" not in FINDINGS}
     assert ranked >= folding._SIGNAL | folding._UNITS | folding._GAINS | folding._RATES
     told = {start for module in CAUSES for call in calls_of(module) for start in literals(call.args[0])}
@@ -102,7 +102,7 @@ def test_the_codes_of_a_watch_are_those_of_its_rules() -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     starts_of_codes = tuple(word for word in words if re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*-", word))
-    ranked = {code for codes in folding._ORIGINS for code in codes} | folding._SYMPTOMS | look.CODES
+    ranked = {code for codes in folding._ORIGINS for code in codes} | folding.SYMPTOMS | look.CODES
     assert {code for code in ranked if code in words or code.startswith(starts_of_codes)} == look.CODES
 
 

@@ -103,5 +103,30 @@ def test_the_command_tells_them_and_the_report_shows_them(tmp_path: Path, capsys
     told = [line for line in err.splitlines() if "step 1: " in line]
     assert told
     assert told[0].split(", step 1: ")[0] in ("error", "warning", "info")
+    assert "nothing found" not in out
     assert "step 1: " in out
     assert "Found while training" in (tmp_path / "run.html").read_text()
+
+
+def test_the_command_says_before_the_first_step_what_no_initialization_repairs(tmp_path, capsys, monkeypatch) -> None:
+    """And at the end, of a watch that found nothing, in how many looks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labeled_task.py").write_text(
+        "import torch, gramian as gm\nfrom torch import nn\n"
+        "x = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))\n"
+        "def made(y):\n"
+        "    loss = gm.Objective.classification()\n"
+        "    return gm.Task(lambda: nn.Linear(6, 2), loss, [(x, y)], lambda model: {'one': 1.0})\n"
+        "def broken():\n    return made(0 * x[:, 0].long())\n"
+        "def sound():\n    return made((x[:, 0] > 0).long())\n"
+    )
+    args = ["--steps", "4", "--optimizer", "adamw", "--watch"]
+    assert main(["train", "labeled_task.py:broken", *args]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    at = [i for i, line in enumerate(lines) if "no initialization repairs this: All 48 labels are the same" in line]
+    assert len(at) == 1
+    assert all("step" not in line for line in lines[: at[0]])
+    assert main(["train", "labeled_task.py:sound", *args]) == 0
+    out, err = capsys.readouterr()
+    assert "watch: nothing found in 1 look" in out
+    assert "init:" not in err

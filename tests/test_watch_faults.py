@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,16 @@ def test_a_fault_of_the_loop_is_the_first_that_is_told(fault: str) -> None:
     assert next(f.code for f in findings if f.severity != "info" or fault == "parameter-frozen") == fault
     assert not any(f.code in FAULTS and f.code != fault for f in findings)
     assert "parameter-unused" not in [f.code for f in findings]
+
+
+def test_gradients_that_an_optimizer_of_another_model_does_not_zero_are_not_told_beside_it() -> None:
+    model, optimizer, x = net(), torch.optim.SGD(net().parameters(), lr=0.05), torch.randn(32, 8)
+    with gm.watch(model, optimizer, every=2, share=None) as watching:
+        for _ in range(6):
+            F.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [f.code for f in watching.findings] == ["parameter-not-stepped"]
 
 
 @pytest.mark.parametrize("kind", ["norm", "dropout", "neither"])
@@ -229,6 +240,41 @@ def test_what_follows_from_a_rate_that_grows_is_told_as_such() -> None:
     grown = next(f for f in watching.findings if f.code == "rate-grows")
     assert grown.severity == "error"
     assert not [f.code for f in watching.findings if f.severity == "error" and f is not grown]
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("AdamW", 1.0), ("SGD", 50.0), ("SGD", 1e6)])
+def test_what_a_rate_that_is_too_large_does_to_weights_follows_from_it(optimizer: str, rate: float) -> None:
+    found = trained(optimizer, rate)
+    assert [f.code for f in found if f.severity != "info"] == ["rate-too-high"]
+    followers = [f for f in found if f.code in ("gain-above-one", "embedding-scale", "head-scale", "loss-non-finite")]
+    assert followers
+    assert all(f.follows == "rate-too-high" and "in order when the watch began" in f.cause for f in followers)
+
+
+def test_weights_that_were_out_of_order_before_the_first_step_are_the_cause() -> None:
+    """And no watch was given the batches that an action's code would name."""
+    found = {f.code: f for f in trained("SGD", 0.1, scale=30.0)}
+    assert found["gain-above-one"].severity == "error"
+    assert found["rate-too-high"].follows == "gain-above-one"
+    assert "isometric_(model, batch)" in found["gain-above-one"].remedy
+    assert not any(re.search(r"\bbatches\b", f.remedy) for f in found.values())
+
+
+def trained(optimizer: str, rate: float, scale: float = 1.0) -> list[gm.report.Finding]:
+    """What a watch finds of a few steps of a network of several layers."""
+    torch.manual_seed(0)
+    hidden = [m for _ in range(3) for m in (nn.Linear(64, 64), nn.ReLU())]
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), *hidden, nn.Linear(64, 2))
+    for p in model[1:].parameters():
+        p.data.mul_(scale)
+    x = torch.randint(20, (32, 8))
+    stepping = getattr(torch.optim, optimizer)(model.parameters(), lr=rate)
+    with gm.watch(model, stepping, every=5, share=None) as watching:
+        for _ in range(21):
+            stepping.zero_grad()
+            F.cross_entropy(model(x), (x[:, 0] > 9).long()).backward()
+            stepping.step()
+    return watching.findings
 
 
 def test_few_looks_are_said_with_their_steps_and_why() -> None:

@@ -51,6 +51,10 @@ Is this machine ready? gramian doctor
 Each has --help; all commands: gramian --help"""
 
 
+HINTS = {"watch": "A training is watched by gramian train --watch, and your own loop by gm.watch in Python. "}
+"""What to say where somebody looks for a command that is none."""
+
+
 @app.callback(invoke_without_command=True)
 def _common(
     context: typer.Context,
@@ -86,7 +90,8 @@ def main(args: list[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "gramian"
         told = error.format_message()  # type: ignore[attr-defined]
-        complain(f"{told}{'' if told.endswith(('.', '?')) else '.'} See '{where} --help'.")
+        hint = HINTS.get(args[0], "") if args and told.startswith("No such command") else ""
+        complain(f"{told}{'' if told.endswith(('.', '?')) else '.'} {hint}See '{where} --help'.")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted")

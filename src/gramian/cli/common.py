@@ -77,6 +77,7 @@ def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any,
             told = f"{verb}: {model} is the task. For the folder of that name write ./{model} --task {model}"
             warnings.warn(told, GramianWarning, stacklevel=3)
     if task is None and not is_task:
+        _check_not_a_module(model, verb)
         return None
     write = f"gramian {verb} {{}}" if is_task else f"gramian {verb} {model} --task {{}}"
     found = tasks.load(model if is_task else str(task), write=write)
@@ -87,6 +88,15 @@ def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any,
         if UNFINISHED in open_checkpoint(model).notes:
             complain(f"{model}: {UNFINISHED}")
     return network, found
+
+
+def _check_not_a_module(model: str, verb: str) -> None:
+    """Raise where MODEL is the name of a Python file without its ending, as `tagger` or `tagger:task`."""
+    name, _, function = model.partition(":")
+    file = Path(f"{name}.py")
+    if name and not Path(model).exists() and file.is_file():
+        told = f"no such file, folder or task; there is {file}. A function in it that returns a gm.Task is one"
+        raise InputError(f"{model}: {told}: gramian {verb} {file}:{function or 'task'}")
 
 
 @contextmanager

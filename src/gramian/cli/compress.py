@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,7 +112,8 @@ def command(
         _in_shards(model, calibrate, out, json, {"keep": keep, "memory": memory, "batches": batches}, quiet)
         return
     zeros = None if sparsity is None else sparsity if ":" in sparsity else _number(sparsity)
-    target = Target(keep, max_drop, speedup, size, bits, zeros, by.value, narrow)
+    with _named_as_options():
+        target = Target(keep, max_drop, speedup, size, bits, zeros, by.value, narrow)
     with told_once(), ranks() as first, Stages(quiet or not first) as stages:
         if not first:
             warnings.simplefilter("ignore", GramianWarning)  # the first rank has the same
@@ -195,6 +199,18 @@ def _loaded(model: str, task: str | None, calibrate: Path | None) -> tuple[Any, 
             "for a Hugging Face folder --calibrate texts.txt"
         )
     return *named, ""
+
+
+@contextmanager
+def _named_as_options() -> Iterator[None]:
+    """A context in which an error names a target's arguments as they are given here: `--max-drop` for `max_drop`."""
+    try:
+        yield
+    except InputError as error:
+        verb, _, told = str(error).partition(": ")
+        names = r"\b(keep|max_drop|speedup|size|sparsity|bits|narrow)\b"
+        told = re.sub(names, lambda found: f"--{found[0].replace('_', '-')}", told.replace("by='bytes'", "--by bytes"))
+        raise InputError(f"{verb}: {told}") from None
 
 
 def _number(text: str) -> float:

@@ -5,6 +5,7 @@ from gramian.compression.budget.planning import compress
 from gramian.compression.fitting.refitting import refit
 from gramian.compression.layers.lowrank import LowRank
 from gramian.compression.layers.narrow_attention import NarrowAttention
+from gramian.compression.layers.opening import OpenGRU, OpenLSTM, OpenRNN
 from gramian.compression.storage.files import load_compressed, save_compressed
 from gramian.compression.storage.plans import load_plan, save_plan
 from gramian.compression.units.narrowing import NarrowPlan, narrow
@@ -13,6 +14,9 @@ __all__ = [
     "LowRank",
     "NarrowAttention",
     "NarrowPlan",
+    "OpenGRU",
+    "OpenLSTM",
+    "OpenRNN",
     "Plan",
     "compress",
     "load_compressed",

@@ -44,6 +44,9 @@ _UPDATE = (
     "model.train(mode)\nfor m in norms:\n    m.momentum = norms[m]"
 )
 
+# What stands above a hook.
+_UNSAVED = "# Not in state_dict: put it into the data or into forward.\n"
+
 # Name of an action: its code, Python or a command line that begins with "gramian". Every {parameter} must be given,
 # but {more} stands for the keywords that `KEYWORDS` allows, and {hook} for a hook that changes what stands `at` a path.
 # Python runs as it stands after `import torch, gramian as gm` with what `gm.inspect(model, batches, objective)` was
@@ -65,7 +68,8 @@ ACTIONS: dict[str, str] = {
     "rectify": "for name in {names}:\n    model.set_submodule(name, torch.nn.ReLU())\n"
     "gm.init.isometric_(model, next(iter(batches)){more})",
     "remove": "model.set_submodule({module}, torch.nn.Identity())",
-    "log_probabilities": "model.register_forward_hook(lambda module, args, output: output.clamp(min=1e-30).log())",
+    "log_probabilities": _UNSAVED + "model.register_forward_hook("
+    "lambda module, args, output: output.clamp(min=1e-30).log())",
     "set": "for name in {names}:\n    model.get_submodule(name).{attribute} = {value}",
     "unshare": "import copy\n\nmodel.set_submodule(\n    {module}, torch.nn.ModuleList(copy.deepcopy(m) for m in "
     "model.get_submodule({module}))\n)\n" + _ADD,
@@ -76,11 +80,11 @@ ACTIONS: dict[str, str] = {
     "update_statistics_by_loss": _UPDATE,
     "set_norm_momentum": "for name in {names}:\n    model.get_submodule(name).momentum = {momentum}\n"
     "torch.optim.swa_utils.update_bn(batches, model)",
-    "cast_to_bfloat16": "model.to(torch.bfloat16)\n\n\n" + _CAST + "\nmodel.register_forward_pre_hook("
+    "cast_to_bfloat16": "model.to(torch.bfloat16)\n\n\n" + _CAST + "\n" + _UNSAVED + "model.register_forward_pre_hook("
     "lambda _, args, kwargs: (cast(args), cast(kwargs)), with_kwargs=True)",
     "standardize": "std, mean = torch.std_mean(torch.cat([{of} for batch in batches]), 0)\n"
-    "std = std.clamp(min=std.median())\n{hook}",
-    "replace_non_finite": "{hook}",
+    "std = std.clamp(min=std.median())\n" + _UNSAVED + "{hook}",
+    "replace_non_finite": _UNSAVED + "{hook}",
     "shift_labels": "batches = [(x, y - {by}) for x, y in batches]",
     "add_to_optimizer": _ADD,
     "set_zero_rates": 'for group in optimizer.param_groups:\n    group["lr"] = group["lr"] or {rate}',

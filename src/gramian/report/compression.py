@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from .document import Document, Picture, Section, Series, Table, Tile
+from .formatting import plural
 from .serial import jsonable
 
 __all__ = ["FOUR_BITS", "Contender", "Outcome", "PlannedLayer", "Ratio"]
@@ -120,7 +121,8 @@ class Outcome:
         predicted: the rise of the calibration loss that the plan predicts.
         predicted_text: the same with its interval, in words.
         seconds: that calibrating and factoring took.
-        notes: what else must be known.
+        notes: what must be known before the result is used.
+        remarks: what was done beside it, such as a refit.
         for_speed: whether speed was asked and not size, so that an alternative need not be smaller.
         share_of: what the shares are of, "parameters" or "bytes".
         waited: the share of passes' time that was spent waiting for a processor.
@@ -142,6 +144,7 @@ class Outcome:
     share_of: str = "parameters"
     waited: float = 0.0
     predicted_text: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def dense(self) -> Contender:
@@ -193,7 +196,10 @@ class Outcome:
             text += ", no difference in speed seen"
         elif one and many:
             text += f", speed at batch 1: {one}, at batch {self.batch}: {many}"
-        return f"{text}{f'; {self.advice}' if self.advice else ''}."
+        slow = self._slower_than_dense()
+        text += f", slower than the dense model at {' and at '.join(slow)}" if slow else ""
+        text += f"; {self.advice}" if self.advice else ""
+        return f"{text}; {plural(len(self.notes), 'note')} below." if self.notes else f"{text}."
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers for a program: plain values, with the verdict, the drop and the advice."""
@@ -210,7 +216,7 @@ class Outcome:
         return Document(
             title=f"{self.title}: {self.asked}",
             verdict=self.verdict,
-            status="warning" if bad or self.notes else "good",
+            status="warning" if bad or self.notes or self._slower_than_dense() else "good",
             tiles=self._tiles(),
             sections=[self._choice(plots), self._per_layer()],
             footer=f"calibrated and factored in {self.seconds:.1f} s · predicted rise of the calibration loss "
@@ -232,7 +238,8 @@ class Outcome:
 
     def _choice(self, plots: bool) -> Section:
         direction = f" {self.better.capitalize()} is better." if self.better else ""
-        lines = [f"- {note}" for note in (*self.notes, *(f"{c.name}: {c.note}" for c in self.contenders if c.note))]
+        told = (*self.notes, *self.remarks, *(f"{c.name}: {c.note}" for c in self.contenders if c.note))
+        lines = [f"- {note}" for note in told]
         others = [*self.dense.others]
         rows = [
             [
@@ -308,6 +315,11 @@ class Outcome:
         if slow:
             return f"(slower at {' and at '.join(slow)}{f', faster at {fast[0]}' if fast else ''})"
         return "no" if all(ratio.low > ALIKE for ratio in known.values()) else "unseen"
+
+    def _slower_than_dense(self) -> list[str]:
+        """At which batches the compressed model is seen to be slower than the dense one."""
+        speeds = {"batch 1": self.compressed.speed_one, f"batch {self.batch}": self.compressed.speed_many}
+        return [place for place, ratio in speeds.items() if ratio is not None and ratio.high < 1]
 
     def _drop(self, contender: Contender) -> float:
         if self.dense.quality is None or contender.quality is None:

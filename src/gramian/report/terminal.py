@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
@@ -142,7 +143,7 @@ class FindingsView:
             grid.add_row(Text(finding.severity, style), Text(spell(finding.title), "bold"))
             rows = [(field, Text(spell(getattr(finding, field)))) for field in ("code", "where", "evidence", "cause")]
             code = Text(spell.lines(_typed(finding.action, options.max_width)), "cyan") if finding.action else Text()
-            rows += [("remedy", code), ("" if code else "remedy", Text(spell.lines(finding.advice)))]
+            rows += [("remedy", code), ("advice" if code else "remedy", Text(spell.lines(finding.advice)))]
             if finding.rehearsal:
                 rows.append(("verified", Text(spell(finding.rehearsal.told))))
             if self.verbose:
@@ -167,7 +168,7 @@ class LayersView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rows = None
-        if not self.verbose and len(self.report.layers) > MOST_ROWS:
+        if not self.verbose and _are_many(self.report.layers):
             rows = telling_rows(self.report.layers, self.report.findings, MOST_ROWS)
         yield TableView(layer_table(self.report.layers, self.report.findings), rows, "layer")
 
@@ -242,6 +243,11 @@ class DocumentView:
             yield Text(spell(self.document.footer), "dim")
 
 
+def _are_many(rows: Sequence[Any]) -> bool:
+    """Whether rows are hidden: where these are few, the line that tells of them saves nothing."""
+    return len(rows) > MOST_ROWS * 5 // 4
+
+
 def _typed(action: Action, width: int) -> str:
     """The action's code as it can be typed: a command that is wider than the terminal goes on after a backslash."""
     longest = max(map(len, action.code.split("\n"))) + 10
@@ -260,7 +266,7 @@ def _items(section: Section) -> Iterator[Drawing | Table | Sequence[Finding]]:
 
 def _item_view(item: Drawing | Table | Sequence[Finding], spell: Speller, verbose: bool) -> RenderableType:
     if isinstance(item, Table):
-        rows = range(MOST_ROWS) if len(item.rows) > MOST_ROWS and not verbose else None
+        rows = range(MOST_ROWS) if _are_many(item.rows) and not verbose else None
         return _titled(item.title, TableView(item, rows), spell)
     if isinstance(item, HeatMap):
         return Text(spell(f"{item.title}: a heat map, shown in the HTML page."), "dim")

@@ -10,10 +10,12 @@ from rich.text import Text
 
 from gramian.checkpoint.faults import plain
 from gramian.durations import in_words
+from gramian.report.formatting import plural
 from gramian.report.live import Watch, four_digits
 from gramian.report.terminal import unpadded
 from gramian.training.folder import MODEL
 from gramian.training.page import receded, untuned
+from gramian.training.start import leaves_error
 from gramian.training.task import Run
 from gramian.training.watched import told
 
@@ -37,9 +39,15 @@ class Watched:
         self._watch.__exit__(*error)
 
     def stepped(self, run: Run, share: float) -> None:
-        """Show step, speed, rate, time left, and what a watch found; pass this as `on_step`."""
-        if len(run.findings) > self._told.get(id(run), 0):
-            for row in run.findings[self._told.get(id(run), 0) :]:
+        """Show step, speed, rate, time left, and what a watch found; pass this as `on_step`.
+
+        Before the first step, an error that no initialization repairs is told, and that the run trains on.
+        """
+        if id(run) not in self._told and not run.steps and leaves_error(run.init):
+            self._watch.note(f"init: {run.init}. The run trains on; gm.inspect tells all that was found")
+        self._told.setdefault(id(run), 0)
+        if len(run.findings) > self._told[id(run)]:
+            for row in run.findings[self._told[id(run)] :]:
                 self._watch.note(f"{row['severity']}, {told(row)}")
             self._told[id(run)] = len(run.findings)
         numbers = {"step": f"step {run.steps:,}"}
@@ -96,6 +104,8 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
             console.print(f"{run.skipped:,} steps were skipped: {why}.", highlight=False)
         for row in run.findings:
             console.print(f"{row['severity']}, {plain(told(row), 2000)}", markup=False, highlight=False)
+        if run.looks and not run.findings:
+            console.print(f"watch: nothing found in {plural(run.looks, 'look')}", highlight=False)
         if run.stopped:
             console.print(f"Stopped early: {plain(run.stopped)}.", markup=False, highlight=False)
         if back := receded(run):

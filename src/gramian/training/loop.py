@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -289,12 +289,23 @@ def _take_steps(
 ) -> None:
     """Take the steps of the run, and write the finished model; a signal ends the process when the run is kept."""
     run = loop.run
-    with Interrupts(active=run.out is not None or placement.is_distributed()) as interrupts:
+    with _telling_how_to_go_on(run), Interrupts(active=run.out is not None or placement.is_distributed()) as interrupts:
         with watched(run, loop.optimizer) if watch else nullcontext() as loop.watching:
             loop.go(folder, progress, on_step, interrupts)
         interrupts.is_writing = True
         interrupts.reached()
         loop.finish(folder)
+
+
+@contextmanager
+def _telling_how_to_go_on(run: Run) -> Iterator[None]:
+    """Ctrl-C's exception says where the run is, and how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        again = "" if run.out is None else f"; continue with the same call and resume=True (out={str(run.out)!r})"
+        error.args = error.args or (f"train: interrupted at step {run.steps:,}{again}",)
+        raise
 
 
 def _report(loop: Loop, path: str | Path, seed: int) -> None:

@@ -190,7 +190,7 @@ def untuned(runs: Mapping[str, Run]) -> str:
     whose = f"The rate of {names[0]} is" if not names[1:] else f"The rates of {some(names)} are"
     if len(names) == len(runs):
         whose = "The rates are"
-    return f"{whose} not tuned; at tuned ones the order may be another (--lr auto, lr='auto')."
+    return f"{whose} not tuned; at tuned ones, as by lr=auto, the order may be another."
 
 
 def curves(runs: Mapping[str, Run]) -> list[Picture]:

@@ -19,7 +19,10 @@ from gramian.report import Finding
 from gramian.training.task import Task, calling
 from gramian.training.values import one_of
 
-__all__ = ["INITS", "INIT_OF_ACTION", "initialize"]
+__all__ = ["INITS", "INIT_OF_ACTION", "initialize", "leaves_error"]
+
+# What the line about an initialization says before an error that is still there.
+UNREPAIRED, REMAINS = "since no initialization repairs this: ", "; but: "
 
 # Training batches for the diagnosis before the first step.
 NUM_BATCHES = 4
@@ -31,6 +34,11 @@ MOST_BATCHES = 64
 def initialize(init: str, model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
     """Apply `init`, a name of `INITS`, to the model and return one line that says what was done."""
     return INITS[init](model, task, objective, seed)
+
+
+def leaves_error(init: str) -> bool:
+    """Whether the line that `initialize` gave names an error that is still there when the training begins."""
+    return UNREPAIRED in init or REMAINS in init
 
 
 def check(init: str) -> None:
@@ -60,24 +68,24 @@ def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
         return f"as the task makes it: no error was found before the first step{told}"
     wanted = _inits_for(errors)
     if not wanted:
-        return f"as the task makes it, since no initialization repairs this: {errors[0].title}"
+        return f"as the task makes it, {UNREPAIRED}{errors[0].title}"
     before = [finding for finding in errors if _init_for(finding)]
     cause = before[0].title
     learned = signs_of_training(model)
     if learned:
-        return f"as the task makes it, since {learned[0].name} has learned something already; but: {cause}"
+        return f"as the task makes it, since {learned[0].name} has learned something already{REMAINS}{cause}"
     kept = copy.deepcopy(model.state_dict())
     try:
         for init in wanted:
             INITS[init](model, task, objective, seed)
     except InputError as error:
         model.load_state_dict(kept)
-        return f"as the task makes it; {cause}; {error}"
+        return f"as the task makes it{REMAINS}{cause}; {error}"
     found = filter(_keeps_from_learning, inspect(model, batches, objective, quick=True).findings)
     if sum(_init_for(finding) is not None for finding in found) < len(before):
         return f"{', '.join(wanted)}: {cause}"
     model.load_state_dict(kept)
-    return f"as the task makes it, since {', '.join(wanted)} did not help; but: {cause}"
+    return f"as the task makes it, since {', '.join(wanted)} did not help{REMAINS}{cause}"
 
 
 def _with_units(model: nn.Module, task: Task, objective: Objective) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import inspect
 import math
 import numbers
 import traceback
@@ -76,6 +77,12 @@ class Task:
                     "DataLoader, list(...), or a function train_batches(epoch, generator) that makes it"
                 )
             object.__setattr__(self, "train_batches", lambda epoch, generator: given)
+        elif not _takes_two(self.train_batches):
+            name = getattr(self.train_batches, "__name__", "function").replace("<lambda>", "…")
+            raise TaskError(
+                f"{named(self)}: train_batches must take the epoch and a generator for shuffling. Write "
+                f"def train_batches(epoch, generator): …, or train_batches=lambda epoch, generator: {name}()"
+            )
         for field_name in ("name", "source"):
             if not isinstance(getattr(self, field_name), str):
                 raise TaskError(f"task: {field_name} must be text, got {getattr(self, field_name)!r}")
@@ -133,6 +140,7 @@ class Run:
         best_step: whose weights the model has, where `best` was asked; `None` where they are the last ones.
         findings: what the watch found, a row for each code and place: the `step`, and a finding's `severity`, `code`,
             `where`, `title`, `evidence`, `cause` and `remedy`. Empty without a watch.
+        looks: how many full looks a watch made; in a resumed run, since then.
     """
 
     model: nn.Module
@@ -152,6 +160,7 @@ class Run:
     start: float = math.nan
     findings: list[dict[str, Any]] = field(default_factory=list)
     best_step: int | None = None
+    looks: int = 0
 
     def __repr__(self) -> str:
         numbers = ", ".join(
@@ -205,6 +214,19 @@ def as_task(task: Any) -> Task:
     if callable(task) and not isinstance(task, (nn.Module, type)):
         raise InputError(f"train: expected a gm.Task, got {_kind(task)}. If it makes the task, call it; else {write}")
     raise InputError(f"train: expected a gm.Task, got {_kind(task)}. Write {write}")
+
+
+def _takes_two(function: Any) -> bool:
+    """Whether a function can be called with two arguments, as far as can be told."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(0, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _kind(value: Any) -> str:

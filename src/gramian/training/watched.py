@@ -30,7 +30,10 @@ def watched(run: Run, optimizer: Optimizer) -> Iterator[Watch]:
             run.findings.append({"step": begin + step} | {name: str(getattr(finding, name)) for name in names})
 
     with watch(run.model, optimizer, on_finding=found) as watching:
-        yield watching
+        try:
+            yield watching
+        finally:
+            run.looks = watching.looks
 
 
 def told(row: dict) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 from gramian.compression.budget.filling import fill, uniform
 from gramian.compression.budget.mixing import Choices, Form, choices, loss_of, mix, possible, size_of
-from gramian.compression.budget.predicting import Point, Predicted, Rises, predict
+from gramian.compression.budget.predicting import Point, Predicted, Rises
 from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.choosing.measuring import num_bytes
 from gramian.compression.layers.building import built, tied
@@ -188,10 +188,11 @@ class Plan:
     def predicted(self) -> Predicted:
         """The rise of the mean loss that is expected, with an interval, from the points where it is measured.
 
-        The first time it takes some evaluations of smaller models, those of cut ranks or those of rounded weights.
+        The first time it takes some evaluations of smaller models, those of cut ranks or those of rounded weights; for
+        a plan that costs more than all of these it takes one of its own.
         """
         cut = any(form.rank is not None for form in self.forms.values())
-        return predict(self.predicted_loss, self.rises.of(self, cut))
+        return self.rises.at(self, cut)
 
     @property
     def points(self) -> tuple[Point, ...]:

@@ -1,4 +1,4 @@
-"""Prediction: how much the loss will rise, from the second-order estimate and a few points where it was measured."""
+"""Prediction: how much the loss will rise, from the second-order estimate and points where it was measured."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ training data by heart; see docs/compress.md."""
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 """Shares of the layers that can be factored, at whose removal the rise of the loss is measured."""
 MEASURED_BITS = (4, 8)
-"""Bits at which the rise is measured too; what other bits and zeros cost follows from these."""
+"""Bits at which the rise is measured too; what other bits and zeros cost follows from these, if it is no more."""
+LEAST_BITS = 2
 
 
 class Predicted(NamedTuple):
@@ -39,8 +40,8 @@ class Predicted(NamedTuple):
     Attributes:
         rise: of the mean loss per unit, on data like those that it was measured on.
         low, high: the interval, of new data; NaN where nothing was measured.
-        measured: whether it lies between measurements, and neither beyond the last one nor on the second-order
-            estimate alone, which is often several times too low.
+        measured: whether it was measured or lies between measurements, and neither beyond the last one, as only in a
+            plan from a file, nor on the second-order estimate alone, which is often several times too low.
 
     >>> Predicted(0.00123456, 0.0011111, 0.0013333, True)
     Predicted(rise=0.00123, low=0.00111, high=0.00133, measured=True)
@@ -187,12 +188,14 @@ class Rises:
     Args:
         cut: those of cut ranks; `None` where they are not measured yet.
         rounded: those of rounded weights, likewise.
-        measure: on what.
+        measure: on what; `None` where no more can be measured, as in a plan from a file.
+        beyond: those of single plans beyond all others, each for that plan alone while more can be measured.
     """
 
     cut: tuple[Point, ...] | None = ()
     rounded: tuple[Point, ...] | None = ()
     measure: Measure | None = None
+    beyond: tuple[Point, ...] = ()
 
     def of(self, plan: Any, cut: bool) -> tuple[Point, ...]:
         """The points of one kind.
@@ -205,21 +208,47 @@ class Rises:
         if found is not None:
             return found
         if cut:
-            smallest = plan.at(keep=1.0, of="factorable").smallest
+            smallest = _smallest(plan).keep
             parts = [plan.at(keep=1 - removed, of="factorable") for removed in REMOVED if 1 - removed >= smallest]
         else:
             parts = [plan.at(bits=bits) for bits in MEASURED_BITS]
-        assert self.measure is not None
-        asked = [(part.predicted_loss, part.apply, cut) for part in parts]
-        found = measured_points(plan.model, self.measure, asked)
+        found = self._measured(parts, cut)
         self.cut, self.rounded = (found, self.rounded) if cut else (self.cut, found)
-        if self.cut is not None and self.rounded is not None:
-            self.measure = None  # and with it the batches
         return found
 
+    def at(self, plan: Any, cut: bool) -> Predicted:
+        """The rise of one plan: between the points, or measured where it is beyond all of them.
+
+        Args:
+            plan: whose rise is asked for.
+            cut: whether ranks or units are cut, or weights rounded.
+        """
+        estimate, points = plan.predicted_loss, self.of(plan, cut)
+        if estimate <= max((p.estimate for p in points), default=0.0):
+            return predict(estimate, points)
+        beyond = tuple(p for p in self.beyond if p.cut == cut)
+        if self.measure is not None:
+            beyond = tuple(p for p in beyond if p.estimate == estimate) or self._measured([plan], cut)
+            self.beyond = tuple(dict.fromkeys(self.beyond + beyond))
+        return predict(estimate, points + beyond)
+
     def settled(self, plan: Any) -> Rises:
-        """The same with all points measured."""
-        return Rises(self.of(plan, True), self.of(plan, False))
+        """The same for a file, with which nothing can be measured: with that plan, and the smallest there are."""
+        cut, rounded = self.of(plan, True), self.of(plan, False)
+        if self.measure is not None:
+            for one in (plan, _smallest(plan), plan.at(bits=LEAST_BITS)):
+                _ = one.predicted
+        return Rises(cut, rounded, None, self.beyond)
+
+    def _measured(self, parts: Sequence[Any], cut: bool) -> tuple[Point, ...]:
+        assert self.measure is not None
+        asked = [(part.predicted_loss, part.apply, cut) for part in parts]
+        return measured_points(parts[0].model, self.measure, asked) if parts else ()
+
+
+def _smallest(plan: Any) -> Any:
+    """The smallest plan of ranks."""
+    return plan.at(keep=plan.at(keep=1.0, of="factorable").smallest, of="factorable")
 
 
 def _point(estimate: float, before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]) -> Point:
@@ -266,7 +295,8 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
     left = known[upper - 1] if upper else Point(0.0, 0.0, 0.0, divergence=0.0)
     rise, error = _between(estimate, left, right)
     outside = max(0.0, math.log(estimate / right.estimate))  # beyond the last point, less is known
-    half = math.hypot(error, (_roughness(known) + 0.5 * outside) * abs(rise))
+    rough = INTERPOLATION if estimate == right.estimate else _roughness(known)
+    half = math.hypot(error, (rough + 0.5 * outside) * abs(rise))
     low, high = rise - half, rise + half
     if left.divergence is not None and right.divergence is not None:
         ends = Point(left.estimate, left.divergence, 0.0), Point(right.estimate, right.divergence, 0.0)

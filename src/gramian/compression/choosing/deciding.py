@@ -20,6 +20,7 @@ from gramian.compression.choosing.speeds import Speeds, paced
 from gramian.compression.fitting.refitting import refit
 from gramian.compression.layers.lowrank import LowRank
 from gramian.compression.storage.plans import AnyPlan
+from gramian.compression.units.narrowing import may_narrow
 from gramian.errors import InputError
 from gramian.objective import Objective, as_objective
 from gramian.report.compression import Contender, Outcome, Ratio
@@ -212,7 +213,7 @@ def decide(
                 tried(share)
         tell("Evaluate", 1.0, f"{budget} {keep:.3f}")
         made = contenders(plan, model, small, tried, speeds, tell)
-        notes = [*remark, *_notes(tried, target, made, speeds, small)]
+        notes = [*_notes(tried, target, made, speeds, small)]
     finally:
         model.train(was)
     outcome = Outcome(
@@ -230,6 +231,7 @@ def decide(
         seconds=seconds,
         waited=speeds.waited,
         notes=(*plan.notes, *notes),
+        remarks=remark,
         for_speed=target.speedup is not None,
         share_of="bytes" if target.budget == "size" else "parameters",
     )
@@ -268,8 +270,9 @@ class _Refitting:
         except InputError as error:
             return _Refitted(plan, keep, small, (f"not refit: {error}",))
         before, after = quality.of(small), quality.of(fitted)
-        self.tell("Refit", 1.0, f"{quality.measure} {before:.4g} → {after:.4g}")
-        if not quality.drop(after) < quality.drop(before):
+        is_better = quality.drop(after) < quality.drop(before)
+        self.tell("Refit", 1.0, f"{quality.measure} {before:.4g} → {after:.4g}{'' if is_better else ', dropped'}")
+        if not is_better:
             return _Refitted(plan, keep, small)
         change = f"{quality.measure} {before:.4g} before, {after:.4g} after"
         remark = f"layers were refit to the dense model's outputs: {change}; the curve is without"
@@ -321,7 +324,7 @@ def _too_slow(target: Target, speeds: Speeds, best: str, fused: str = "") -> Inp
         rest = f". Do not {'narrow' if target.narrow else 'factor'} this model; use {name}, which is {ratio} as fast"
     else:
         rest = "".join(f"; {name}: {ratio}" for ratio, name in others)
-        if not target.narrow:
+        if not target.narrow and may_narrow(speeds.dense):
             rest += ". With --narrow, heads, units and channels are removed in place of ranks, and layers stay dense"
     return InputError(
         f"compress: nothing makes this model {wanted:g}× as fast on this machine, at batch 1 and at {speeds.num}; "

@@ -64,21 +64,60 @@ class _OpenRecurrence:
         return inner.weight if inner is not None and name.startswith("weight_") else super().__getattr__(name)  # type: ignore[misc]
 
 
-class _OpenLSTM(_OpenRecurrence, nn.LSTM): ...
+class OpenLSTM(_OpenRecurrence, nn.LSTM):
+    """An `nn.LSTM` of which a weight is a layer, and may have two factors, as a compressed model has it.
+
+    Args:
+        args: as those of `nn.LSTM`.
+        kwargs: likewise.
+
+    Raises: nothing of its own.
+    Cost: that of torch's, and each product of factors once in a pass.
+    Source: this library's own.
+
+    >>> isinstance(OpenLSTM(2, 3), nn.LSTM)
+    True
+    """
 
 
-class _OpenGRU(_OpenRecurrence, nn.GRU): ...
+class OpenGRU(_OpenRecurrence, nn.GRU):
+    """An `nn.GRU` of which a weight is a layer, and may have two factors, as a compressed model has it.
+
+    Args:
+        args: as those of `nn.GRU`.
+        kwargs: likewise.
+
+    Raises: nothing of its own.
+    Cost: that of torch's, and each product of factors once in a pass.
+    Source: this library's own.
+
+    >>> isinstance(OpenGRU(2, 3), nn.GRU)
+    True
+    """
 
 
-class _OpenRNN(_OpenRecurrence, nn.RNN): ...
+class OpenRNN(_OpenRecurrence, nn.RNN):
+    """An `nn.RNN` of which a weight is a layer, and may have two factors, as a compressed model has it.
+
+    Args:
+        args: as those of `nn.RNN`.
+        kwargs: likewise.
+
+    Raises: nothing of its own.
+    Cost: that of torch's, and each product of factors once in a pass.
+    Source: this library's own.
+
+    >>> isinstance(OpenRNN(2, 3), nn.RNN)
+    True
+    """
 
 
 OPEN: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: _OpenAttention,
     NarrowAttention: _OpenNarrowAttention,
-    nn.LSTM: _OpenLSTM,
-    nn.GRU: _OpenGRU,
-    nn.RNN: _OpenRNN,
+    nn.LSTM: OpenLSTM,
+    nn.GRU: OpenGRU,
+    nn.RNN: OpenRNN,
 }
 """By class what it is when it is opened."""
 CLOSED = {opened: cls for cls, opened in OPEN.items()}

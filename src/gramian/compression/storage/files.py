@@ -18,6 +18,7 @@ from gramian.checkpoint import Checkpoint, clean_name, open_checkpoint, save_ten
 from gramian.checkpoint.names import as_path
 from gramian.checkpoint.packing import RANKS
 from gramian.compression.calibration.experts import dense_weight
+from gramian.compression.storage.hooks import warn_of_hooks
 from gramian.compression.storage.ranks import factor, ranks_of, restore
 from gramian.errors import CheckpointError, some
 
@@ -32,7 +33,8 @@ def save_compressed(model: nn.Module | Plan, path: str | Path) -> None:
 
     A path that ends in `.safetensors` is a file, with the ranks of the layers in its metadata; a model of transformers
     with any other path becomes a folder, as by `model.save_pretrained`. `from_pretrained` loads it after
-    `import gramian.integrations.compressed`, and raises without.
+    `import gramian.integrations.compressed`, and raises without. A warning names modules with forward hooks, which no
+    file holds.
 
     Args:
         model: from `Plan.apply()`, trained further or not; or the plan itself of a model in shards, which is written
@@ -59,6 +61,7 @@ def save_compressed(model: nn.Module | Plan, path: str | Path) -> None:
         write(as_path(path, "save_compressed"))
         return
     model, path = unwrapped(as_model(model, "save_compressed")), as_path(path, "save_compressed")
+    warn_of_hooks(model, "save_compressed")
     support = pretrained_support()
     if support is not None and support.is_pretrained(model) and path.suffix != ".safetensors":
         support.save_folder(model, path)

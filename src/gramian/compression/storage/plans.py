@@ -22,6 +22,7 @@ from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.layers.feedback import Feedback
 from gramian.compression.layers.modules import copied, submodule
 from gramian.compression.layers.opening import open_
+from gramian.compression.storage.hooks import warn_of_hooks
 from gramian.compression.units.flow import Part, Units
 from gramian.compression.units.narrow_plan import Narrowed, NarrowPlan
 from gramian.errors import CheckpointError, InputError, some
@@ -67,6 +68,7 @@ def save_plan(plan: AnyPlan, path: str | Path) -> None:
     if not isinstance(plan, (Plan, NarrowPlan)):
         raise InputError(f"save_plan: expected a plan of gm.compress or gm.narrow, got {described(plan)}")
     path = as_path(path, "save_plan")
+    warn_of_hooks(plan.model, "save_plan")
     names = plan.ranks if isinstance(plan, Plan) else plan.modules
     digests = {name: _digest(submodule(plan.model, name)) for name in names}
     save_tree(path, {"plan": packed(plan), "shapes": _shapes(plan.model), "digests": digests})
@@ -131,7 +133,7 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 def packed(value: Any) -> Any:
     """The value as a tree that `save_tree` takes: an object of STORED as its fields, without the model."""
-    value = value.settled() if isinstance(value, (Plan, WeightedSVD)) else value
+    value = value.settled() if isinstance(value, (*PLANS, WeightedSVD)) else value
     name = type(value).__name__
     if STORED.get(name) is type(value):
         held = [(key, getattr(value, key)) for key in type(value).__annotations__]

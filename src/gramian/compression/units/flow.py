@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.batch import tensors
 from gramian.block import Block
 from gramian.compression.layers.modules import clean_module_name
 from gramian.layers import layer_of, layout_of, operation_of
@@ -109,11 +110,26 @@ def _units_of(name: str, blocks: Mapping[str, Block], watch: _Watch) -> Units | 
             if num:
                 parts.append((Part(producer, tuple(outputs.tolist())), num))
     if not any(part.name in blocks for part, _ in parts):
-        return "its inputs reach other layers too, or mix before they reach it"
+        return _why_none(name, blocks, watch)
     num = min(num for _, num in parts)
     if any(one % num for _, one in parts) or num < 2:
         return "the layers before it have units of sizes that do not go together"
     return Units(name, num, tuple(part for part, _ in reversed(parts)))
+
+
+def _why_none(name: str, blocks: Mapping[str, Block], watch: _Watch) -> str:
+    """Why nothing that produces a layer's inputs can lose units."""
+    own = watch.inputs[name]
+    if any(x.numel() == own.numel() and torch.equal(x.flatten().to(own), own.flatten()) for x in watch.given):
+        return "its inputs are the model's own"
+    before = [one for one in watch.order[: watch.order.index(name)] if one in blocks]
+    every = {
+        one: torch.arange(watch.outputs[one].shape[channel_dim(watch.layers[one], inputs=False)]) for one in before
+    }
+    into = watch.run(every, until=name)
+    if into is not None and not bool(watch.changed(name, into).any()):
+        return "its inputs come from no layer that can be narrowed, as from a table or a recurrent module"
+    return "its inputs reach other layers too, or mix before they reach it"
 
 
 def _fused(name: str, blocks: Mapping[str, Block], watch: _Watch, n: int) -> list[Tensor]:
@@ -203,6 +219,7 @@ class _Watch:
     def __init__(self, layers: Mapping[str, nn.Module], call: Callable[[nn.Module], Tensor]) -> None:
         self.layers, self.call = layers, call
         self.model = layers[""]
+        self.given: list[Tensor] = []
         self.order: list[str] = []
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
@@ -217,6 +234,8 @@ class _Watch:
             if affine or is_elementwise(layer):
                 hook = lambda module, args, output, name=name: calls.append((name, args, output))  # noqa: E731
                 handles.append(layer.register_forward_hook(hook))
+        keep = lambda module, args, kwargs: self.given.extend(t.clone() for t in tensors((args, kwargs)))  # noqa: E731
+        handles.append(self.model.register_forward_pre_hook(keep, with_kwargs=True))
         with _removing(handles):
             self.output = self.call(self.model)
         names = [name for name, _, _ in calls]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gramian.compression.budget.predicting import Point, Predicted, predict
+from gramian.compression.budget.predicting import Point, Predicted, Rises
 from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.layers.modules import copied, submodule
 from gramian.compression.storage.files import pretrained_support
@@ -87,7 +87,7 @@ class NarrowPlan:
         kept: by layer, the number of its units.
         reasons: by layer, why nothing of its input is removed.
         notes: what a person has to know of the calibration.
-        points: where the rise of the loss was measured.
+        rises: where the rise of the loss was measured.
     """
 
     model: nn.Module
@@ -96,7 +96,7 @@ class NarrowPlan:
     kept: dict[str, int]
     reasons: dict[str, str]
     notes: tuple[str, ...] = ()
-    points: tuple[Point, ...] = ()
+    rises: Rises = field(default_factory=Rises)
 
     def __str__(self) -> str:
         text = f"keep = {self.keep:.3f}: {self.parameters:,} of {self.parameters_dense:,} parameters"
@@ -192,13 +192,24 @@ class NarrowPlan:
     @property
     def predicted(self) -> Predicted:
         """The rise of the mean loss that is expected, with an interval, from the points where it was measured."""
-        return predict(self.predicted_loss, self.points)
+        return self.rises.at(self, True)
 
     @property
     def smallest(self) -> float:
-        """The smallest possible share of the parameters: one unit everywhere."""
+        """The smallest possible share of the parameters: one unit in each layer that can be narrowed."""
         least = self._parameters({layer.units.name: 1 for layer in self.layers})
         return min(1.0, math.nextafter(least / self.parameters_dense, 1.0))
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Where the rise of the loss was measured."""
+        return self.rises.of(self, True)
+
+    def settled(self) -> NarrowPlan:
+        """The same with the rise at the smallest share measured, which otherwise is when it is asked for."""
+        for plan in (self, self.at(self.smallest)):
+            _ = plan.predicted
+        return replace(self, rises=replace(self.rises, measure=None))
 
     def at(self, keep: float) -> NarrowPlan:
         """The plan that keeps a share of the parameters.
@@ -214,8 +225,8 @@ class NarrowPlan:
             raise InputError(f"narrow: keep must be a share in (0, 1], got {keep!r}")
         if keep < self.smallest:
             raise InputError(
-                f"narrow: keep={keep} is below the smallest possible, {self.smallest:.3f}: one unit everywhere"
-                f"{self.left_dense()}"
+                f"narrow: keep={keep} is below the smallest possible share of the parameters, {self.smallest:.3f}, "
+                f"which leaves one unit in each layer that can be narrowed{self.left_dense()}"
             )
         steps = sorted(((worth, i, kept) for i, layer in enumerate(self.layers) for worth, kept in layer.steps))
         kept = {layer.units.name: layer.units.num for layer in self.layers}

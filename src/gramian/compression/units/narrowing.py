@@ -14,7 +14,7 @@ from gramian.batch import first_samples, num_samples, tensors
 from gramian.block import Block, blocks
 from gramian.calls import as_model, prepared, unwrapped
 from gramian.compression.budget.planning import judged
-from gramian.compression.budget.predicting import REMOVED, Point, measured_points
+from gramian.compression.budget.predicting import REMOVED, Rises, measured_points
 from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.calibration.calibrating import Measure, calibrate
 from gramian.compression.calibration.correcting import corrected
@@ -34,7 +34,7 @@ from gramian.loader import Batches
 from gramian.objective import Objective, as_objective
 from gramian.recording.measuring import by_modules
 
-__all__ = ["narrow"]
+__all__ = ["may_narrow", "narrow"]
 
 SAMPLES = 2
 """Of the first batch, with which units are looked for."""
@@ -145,8 +145,13 @@ def narrow(
         warnings.warn(f"narrow: {note}", GramianWarning, stacklevel=2)
     whole = {layer.units.name: layer.units.num for layer in layers}
     plan = NarrowPlan(own, tuple(layers), 1.0, whole, reasons, tuple(notes))
-    plan = replace(plan, points=_measured(plan, measure.against(own)))
+    plan = replace(plan, rises=_measured(plan, measure.against(own)))
     return plan if keep is None else plan.at(keep=keep)
+
+
+def may_narrow(model: nn.Module) -> bool:
+    """Whether there can be units: two layers at least, of which one produces what the other takes."""
+    return len(_layers(model, ())[0]) > 1
 
 
 def _layers(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, Block], dict[str, str]]:
@@ -156,6 +161,8 @@ def _layers(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, Block],
     adapters = adapted(model)
     for block in blocks(model).blocks:
         name, module = module_name(block), block.module
+        if isinstance(module, nn.RNNBase):
+            reasons[name] = "the units of recurrent modules are not narrowed"
         if operation_of(module).factors not in ("linear", "convolution"):
             continue
         depthwise = is_elementwise(module)
@@ -196,7 +203,8 @@ def _price(model: nn.Module, units: Units) -> int:
     return max(1, total // units.num)
 
 
-def _measured(plan: NarrowPlan, measure: Measure) -> tuple[Point, ...]:
+def _measured(plan: NarrowPlan, measure: Measure) -> Rises:
     """The rise of the loss at a few shares of what can be removed."""
     parts = [plan.at(keep=1 - removed * (1 - plan.smallest)) for removed in REMOVED]
-    return measured_points(plan.model, measure, [(part.predicted_loss, part.apply, True) for part in parts])
+    points = measured_points(plan.model, measure, [(part.predicted_loss, part.apply, True) for part in parts])
+    return Rises(points, measure=measure)

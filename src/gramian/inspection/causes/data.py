@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,21 @@ def labels_in_range(context: Context) -> Iterator[Finding]:
     if context.observed.labels is None:
         return
     smallest, largest, classes = context.observed.labels
-    if smallest < 0 or largest >= classes:
+    if 0 <= smallest <= largest < classes:
+        return
+    batch: Any = context.observed.batches[0] if context.observed.batches else None
+    if _has_lengths_second(batch) and (int(batch[1].min()), int(batch[1].max())) == (smallest, largest):
+        yield Finding(
+            "labels-out-of-range",
+            "error",
+            "The second part of each batch is read as the labels, and looks like lengths",
+            where="labels",
+            evidence=f"it holds {smallest} to {largest}, one for each input of {batch[0].shape[1]} positions, and the "
+            f"third part classes of shape {tuple(batch[2].shape)} (exact)",
+            cause="A tuple is (inputs, labels, weights).",
+            advice="Name the parts: a dict with the keys that the model's forward takes, and 'labels'.",
+        )
+    else:
         yield Finding(
             "labels-out-of-range",
             "error",
@@ -41,6 +56,17 @@ def labels_in_range(context: Context) -> Iterator[Finding]:
             cause="Labels that count from one, or a head with too few outputs.",
             advice="Subtract the smallest label, or give the head an output for each class.",
         )
+
+
+def _has_lengths_second(batch: Any) -> bool:
+    """Whether of three parts the second has a number of positions for each sequence, and the third classes."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 3 or not all(isinstance(t, Tensor) for t in batch):
+        return False
+    x, lengths, y = batch
+    are_whole = not any(t.is_floating_point() or t.dtype == torch.bool for t in (lengths, y))
+    if not are_whole or x.ndim < 2 or lengths.ndim != 1 or not len(x) == len(lengths) == len(y) > 0:
+        return False
+    return int(lengths.min()) >= 1 and int(lengths.max()) <= x.shape[1]
 
 
 def labels(context: Context) -> Iterator[Finding]:
@@ -94,7 +120,9 @@ def labels(context: Context) -> Iterator[Finding]:
         return
     test = labels_depend(*_rows(context, kept))
     if test is None:
-        context.skipped[DEPENDENCE] = f"fewer than {LEAST} samples, or inputs and labels of kinds that no test is for"
+        num = sum(map(len, kept))
+        few = f"{num} samples, and {LEAST} or more are needed"
+        context.skipped[DEPENDENCE] = few if num < LEAST else "no test is for inputs and labels of these kinds"
     elif test.p_value > test.level and test.linear_power < POWER:
         context.skipped[DEPENDENCE] = f"too few samples for so many features: {test.evidence}"
     elif test.p_value > test.level:

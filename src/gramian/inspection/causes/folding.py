@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from gramian.report import SEVERITIES, Finding
 
-__all__ = ["ordered"]
+__all__ = ["DRIVEN", "SYMPTOMS", "following", "ordered"]
 
 _GAIN = ("gain-below-one", "gain-above-one")
 # Codes by origin, causes first. What is in no group comes after these, before depth.
@@ -80,7 +80,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
 )
 
 # What a finding makes true elsewhere: these are told as following from the first of the causes that is there.
-_SYMPTOMS = frozenset(
+SYMPTOMS = frozenset(
     [
         "samples-indistinguishable",
         "gradient-underflow",
@@ -103,7 +103,7 @@ _GAINS = frozenset(_GAIN)
 # What reading the state behind long padding makes.
 _FORGOTTEN = frozenset(("gradient-underflow", "samples-indistinguishable", "gradient-vanishes", "jacobian-vanishes"))
 # What data, a loss or a decay of a wrong size make of weights in training, wherever it began.
-_DRIVEN = frozenset((
+DRIVEN = frozenset((
     "head-scale", "parameter-rank-one", "parameter-scale-small", "parameter-scale-large", "embedding-scale",
     "head-offset", "dominant-direction", "overflows-float16", "unusual-size",
 )) | _UNITS | _GAINS  # fmt: skip
@@ -133,7 +133,7 @@ _EMPTIED = frozenset(("no-nonlinearity", "input-unused", "order-ignored"))
 
 # What samples that change each other's outputs explain: where all become the same, no gradient comes back; but they
 # make no gain wrong and no unit dead.
-_MIXED = _SYMPTOMS | _RATES
+_MIXED = SYMPTOMS | _RATES
 # What values do that a reshape put in the wrong places.
 _MISPLACED = frozenset(("samples-mixed", "target-leak"))
 # What lies behind all other layers, and does not change their gains.
@@ -173,7 +173,7 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
     all_of = list(unique.values())
     serious = sorted((f for f in all_of if f.severity != "info"), key=_rank)
     causes = [f for f in serious if f.code in _SIGNAL | _GAINS | _UNITS or _is_deaf(f)]
-    result = [_told(finding, _root(finding, causes, serious)) for finding in all_of]
+    result = [following(finding, _root(finding, causes, serious)) for finding in all_of]
     return sorted(result, key=lambda f: (SEVERITIES.index(f.severity), _rank(f)))
 
 
@@ -182,14 +182,14 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     if finding.severity == "info":  # units whose inputs are constant are never active, or always
         return next((f for f in serious if f.code == "zero-weights" and finding.code in _UNITS), None)
     driver = next((f for f in serious if f.code in _DRIVERS and f.severity == "error"), None)
-    if driver is not None and finding.code in _DRIVEN:
+    if driver is not None and finding.code in DRIVEN:
         return driver
     zeroed = next((f for f in serious if f.code == "zero-factor"), None)
     if zeroed is not None and finding.code in _EMPTIED:
         return zeroed
     if finding.code == "input-unused" and finding.severity != "error":  # what saturates forgets what came before
         return next((f for f in serious if f.code in _UNITS_OF_DATA), None)
-    padded = next((f for f in serious if f.code == "padding-read"), None)
+    padded = next((f for f in serious if f.code == "padding-read" and f.where != "labels"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]
     if finding.code in _MISPLACED:
@@ -209,7 +209,7 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     causes = [c for c in causes if not _is_local(c)]
     if finding.code in _SIZES:  # the same matrix, seen by its weights alone
         return next((c for c in causes if c.code in _SIGNAL and c.where == finding.where), None)
-    if finding.code in _SYMPTOMS | _UNITS:
+    if finding.code in SYMPTOMS | _UNITS:
         among = [c for c in causes if finding.code != "residual-growth" or c.code not in _BESIDE]
         among = [c for c in among if finding.code not in _NOT_FINITE or c.code not in _UNITS]
     elif finding.code in _GAINS:
@@ -241,8 +241,18 @@ def _is_local(finding: Finding) -> bool:
     return finding.code in _GAINS and finding.where != "all layers"
 
 
-def _told(finding: Finding, root: Finding | None) -> Finding:
-    """The finding, or, where it follows from another, information without a remedy of its own."""
+def following(finding: Finding, root: Finding | None) -> Finding:
+    """The finding, or, where it follows from another, information without a remedy of its own.
+
+    Args:
+        finding: that is to be told.
+        root: what it follows from, or `None`.
+
+    Returns: that remark, or the finding as it is.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+    """
     if root is None:
         return finding
     cause = f"Follows from {root.code}: {root.title[0].lower()}{root.title[1:]}. {finding.cause}".strip()

@@ -25,6 +25,9 @@ TINY, HUGE = 0.005, 1000.0
 # A channel that dominates is so many times as large as the median of the others.
 TIMES = 10.0
 
+# Dimensions from which on floats are pictures: samples, channels, and places.
+PICTURE = 4
+
 # Samples from which on copies are told.
 FEW = 30
 # Samples from which on one code for all is no chance of a small batch.
@@ -255,7 +258,9 @@ def _judged(context: Context, raw: Raw) -> Iterator[Finding]:
     variance, mean = torch.var_mean(x / scale, dim=0, correction=0)
     total = float(variance.sum())
     rms = math.sqrt(float((variance + mean.square()).mean())) * scale
-    names = [given.name for given in context.given if given.is_input and key(given.values[0]) == raw.key]
+    taken = [given for given in context.given if given.is_input and key(given.values[0]) == raw.key]
+    names = [given.name for given in taken]
+    is_picture = any(given.values[0].ndim >= PICTURE for given in taken)
     what = names[0] if names else f"what {context.told(raw.name)} takes of the data"
     told = f"{context.told(raw.name)} takes it as it is; " if names else ""
     if total <= 0 or rms <= LARGE:
@@ -281,7 +286,9 @@ def _judged(context: Context, raw: Raw) -> Iterator[Finding]:
         "about 1",
         "Data in their own units, as counts or steps of time are, outweigh what else the layer is given, and its "
         "biases.",
-        "Divide them by their range, or give sines and cosines of them, as for a diffusion's time. " + STANDARDIZE,
+        "Divide them by their range"
+        + (". " if is_picture else ", or give sines and cosines of them, as for a diffusion's time. ")
+        + STANDARDIZE.replace("feature", "channel" if is_picture else "feature"),
         raw.name,
     )
 

@@ -1,4 +1,4 @@
-"""Labels that belong to other samples or places: of losses of one's own, several, or of sequences and images."""
+"""Labels that belong to other samples or places, of whatever loss, and labels of padding that count."""
 
 from __future__ import annotations
 
@@ -60,6 +60,25 @@ def paired(context: Context) -> Iterator[Finding]:
             return
 
 
+def padded(context: Context) -> Iterator[Finding]:
+    """Find padding that counts in the loss as one of the classes. Exact."""
+    found = context.probes.counted
+    if found is None or context.observed.changed:
+        return
+    yield Finding(
+        "padding-read",
+        "info" if found.are_tokens else "warning",
+        f"Padding counts in the loss, as class {found.label}",
+        where="labels",
+        evidence=f"{found.padded:,} of {found.num:,} positions have the token padding_idx, all with {found.label} in "
+        f"{found.name}, and the loss has a gradient there (exact)",
+        cause="Labels were padded with a number that is a class, so that the network learns to tell padding, and the "
+        "loss and the accuracy are better than they are."
+        + (" This is as it should be where the padding token is what ends a text." if found.are_tokens else ""),
+        advice="Pad labels with -100, the ignore_index of torch's cross-entropy, or leave these positions out.",
+    )
+
+
 def shifted(context: Context) -> Iterator[Finding]:
     """Find next tokens that the loss shifts once more. Exact."""
     name = context.probes.shifted
@@ -76,4 +95,4 @@ def shifted(context: Context) -> Iterator[Finding]:
         )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (paired, shifted)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (paired, padded, shifted)

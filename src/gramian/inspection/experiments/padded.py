@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gramian.batch import first_samples, main_input
+from gramian.batch import first_samples, main_input, tensors
 from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.padding import padding_of
 from gramian.recording.hooks import hooks
 from gramian.recording.keeping import seed_torch
 
-__all__ = ["Reading", "reads_padding"]
+__all__ = ["Counted", "Reading", "counts_padding", "reads_padding"]
 
 ENOUGH = 32
 # Share of the samples that are read at padding from which on that is told.
 PADDED = 0.2
+# Share of all positions that are padding, from which on it is told that they count.
+FEW = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,82 @@ class Reading:
     padded: int
     num: int
     is_state: bool = False
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Padding whose labels are all one class, and count in the loss.
+
+    Attributes:
+        name: of the labels.
+        label: at all padded positions of all batches.
+        padded: number of them.
+        num: number of all positions.
+        classes: how many scores there are for each.
+        are_tokens: whether the classes are the vocabulary of the inputs, in which padding may be what ends a text.
+    """
+
+    name: str
+    label: int
+    padded: int
+    num: int
+    classes: int
+    are_tokens: bool
+
+
+def counts_padding(asked: Asked) -> Counted | None:
+    """Whether the loss takes the scores at padding, where all labels are one class.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: what was found, or `None`.
+    Raises: what the model raises.
+    Cost: a pass forward and backward of 32 samples, where tokens are padded and their labels there are one class.
+    Source: this library's own.
+    """
+    model, seen = asked.model, asked.seen
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+    given = [g for g in given_of(seen.batches, seen.fed, set()) if g.values[0].ndim == 2 and _are_whole(g.values)]
+    inputs = [g for g in given if g.is_input]
+    if len(tables) != 1 or len(inputs) != 1:
+        return None
+    shapes = [x.shape for x in inputs[0].values]
+    labels = [g for g in given if not g.is_input and [y.shape for y in g.values] == shapes]
+    if len(labels) != 1:
+        return None
+    padding = torch.cat([(x == tables[0].padding_idx).flatten() for x in inputs[0].values])
+    y = torch.cat([t.flatten() for t in labels[0].values])
+    there, others = y[padding], y[~padding]
+    if len(there) < FEW * len(y) or len(there.unique()) != 1 or len(others.unique()) < 2 or int(there[0]) < 0:
+        return None
+    made: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        made.extend(t for t in tensors(output) if t.is_floating_point() and t.requires_grad)
+
+    batch = first_samples(seen.batches[0], ENOUGH)
+    with hooks([model.register_forward_hook(keep)]):
+        seed_torch(0)
+        with torch.enable_grad():
+            total, _ = asked.objective.loss(model, batch)
+    here = inputs[0].values[0][:ENOUGH] == tables[0].padding_idx
+    if len(made) != 1 or made[0].ndim != 3 or not total.requires_grad:
+        return None
+    (gradient,) = torch.autograd.grad(total, made, allow_unused=True)
+    is_last = tuple(made[0].shape[:2]) == tuple(here.shape)
+    if gradient is None or not (is_last or (made[0].shape[0], made[0].shape[2]) == tuple(here.shape)):
+        return None
+    axis = 2 if is_last else 1
+    if not bool(gradient.ne(0).any(axis)[here.to(gradient.device)].any()):
+        return None
+    classes = made[0].shape[axis]
+    tokens = classes == tables[0].num_embeddings
+    return Counted(labels[0].name, int(there[0]), len(there), len(y), classes, tokens)
+
+
+def _are_whole(values: list[Tensor]) -> bool:
+    return not any(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in values)
 
 
 def reads_padding(asked: Asked) -> Reading | None:

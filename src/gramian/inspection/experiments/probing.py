@@ -20,7 +20,7 @@ from gramian.inspection.experiments.flat import largest_slope
 from gramian.inspection.experiments.ignored import Ignored, ignored_classes
 from gramian.inspection.experiments.inverted import inverted_mask
 from gramian.inspection.experiments.ordering import ignores_order
-from gramian.inspection.experiments.padded import Reading, reads_padding
+from gramian.inspection.experiments.padded import Counted, Reading, counts_padding, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
 from gramian.inspection.experiments.peaks import Peak, at_labels
 from gramian.inspection.experiments.profiles import Profile, along_outputs
@@ -84,6 +84,7 @@ TRIED = {
     "unheard": "whether each argument has an effect",
     "inverted": "whether a mask hides what is no padding",
     "blocking": "whether matrices of zeros keep the outputs from the inputs",
+    "counted": "whether padding counts in the loss",
     "shifted": "whether next tokens are shifted twice",
 }
 """What a report says of a change that could not be tried."""
@@ -142,6 +143,7 @@ class Probes:
         unheard: arguments of the model that change no output.
         inverted: an input that is read at its padding alone, the mask, and how many samples have padding.
         blocking: matrices of zeros that keep the outputs from depending on the inputs.
+        counted: padding whose labels are one class, and count.
         shifted: labels that are the next tokens, and are shifted by the loss.
     """
 
@@ -184,6 +186,7 @@ class Probes:
     unheard: tuple[str, ...] = ()
     inverted: tuple[str, str, int] | None = None
     blocking: tuple[str, ...] = ()
+    counted: Counted | None = None
     shifted: str | None = None
 
 
@@ -256,5 +259,5 @@ _PROBES = (
     along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope,
     log_determinant, at_labels, of_two_values, one_way, is_concave, shortcut, beyond_range, ignored_classes, recut,
     constant_loss, rows_together, made_into_inputs, unheard_arguments, inverted_mask, blocking_zeros,
-    shifted_twice,
+    counts_padding, shifted_twice,
 )  # fmt: skip

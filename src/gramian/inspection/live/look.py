@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from statistics import median
 
@@ -22,6 +22,7 @@ from gramian.inspection.causes.reach import numbers, shared, unreached
 from gramian.inspection.causes.stepping import RULES as STEPPING
 from gramian.inspection.causes.stepping import SLOW
 from gramian.inspection.experiments.stepping import Steps
+from gramian.inspection.live.driven import SWOLLEN, Driven
 from gramian.inspection.live.gradients import norms, sampled
 from gramian.inspection.live.loop import LASTING, Loop
 from gramian.inspection.passes.observed import Observed
@@ -51,8 +52,6 @@ _TOO_FAR = frozenset((
 ))  # fmt: skip
 # What has its cause in the modules, perhaps, which only a full look sees.
 _PUZZLING = frozenset(("rate-too-high", "rate-too-low"))
-# Times its first norm, to which the median matrix has grown then.
-SWOLLEN = 10.0
 
 # Change of a matrix's norm, as a share, from which on the rules about its values are run again.
 CHANGED = 0.05
@@ -89,6 +88,17 @@ class Looker:
         self._asked: set[str] = set()  # codes for which a full look was asked for
         self._first: dict[str, float] = {}  # norms of matrices at the first look
         self._usual: set[str] = set()  # codes that were found while no rate had grown
+        self._driven = Driven(self._growth)
+
+    def ordered(self, found: Collection[Finding]) -> list[Finding]:
+        """What was found at a step, causes first, with what a rate did to weights that were in order linked to it."""
+        return self._driven.ordered(found)
+
+    def _growth(self) -> float:
+        """Times its first norm that the median matrix has now; infinite where one is not finite."""
+        sizes = norms(sampled((n, self.parameters[n]) for n in self._first))
+        growth = [size / self._first[n] for n, size in sizes.items() if self._first[n]]
+        return median(growth or [1.0]) if all(map(math.isfinite, growth)) else math.inf
 
     def before_step(self, seen: Observed, passes: int, scale: Tensor | None, step: int) -> None:
         """Measures gradients and weights, and judges the pass, before the step moves the weights."""
@@ -150,7 +160,9 @@ class Looker:
         if self._judged is None or _has_changed(self._judged, state):
             rules += [shared, *PARAMETERS]
             self._judged = state
-        return self._run(rules, context)
+        found = self._run(rules, context)
+        self._driven.begin(found)
+        return found
 
     def _measure_gradients(self, seen: Observed, scale: Tensor | None) -> None:
         gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}

@@ -40,7 +40,7 @@ FAR_FROM_EPS = 10.0
 
 
 class Loop:
-    """Follows the gradients of two parameters, the first and the last, through the steps that are looked at.
+    """Follows the gradients of the first and last parameter that the optimizer has, through steps that are looked at.
 
     Args:
         parameters: those that are trained, by name.
@@ -49,7 +49,7 @@ class Loop:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
         self.parameters, self.optimizer = parameters, optimizer
-        self._ends = [*{id(p): p for p in [*parameters.values()][:1] + [*parameters.values()][-1:]}.values()]
+        self._ends: list[nn.Parameter] = []
         self._handles: list[Any] = []
         self._arrived: dict[int, list[tuple[float, bool]]] = {}  # size, and whether the last step's gradient was there
         self._missed: dict[str, int] = {}
@@ -67,6 +67,9 @@ class Loop:
     def follow(self) -> None:
         """Sees the gradients that arrive until the step; nothing is done to them."""
         if not self._handles and self.optimizer is not None:
+            moved = {id(p) for group in self._groups for p in group["params"]}
+            ends = [p for p in self.parameters.values() if id(p) in moved]  # of others, it zeroes no gradient
+            self._ends = [*{id(p): p for p in (*ends[:1], *ends[-1:])}.values()]
             self._handles = [p.register_hook(self._hook(p)) for p in self._ends if p.requires_grad]
 
     def note(self) -> None:

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from gramian.batch import tensors
 from gramian.calls import wrappings
 from gramian.errors import FindingError, GramianWarning, InputError, some
-from gramian.inspection.causes import ordered
 from gramian.inspection.live.closure import before_moving
 from gramian.inspection.live.forward import Forward
 from gramian.inspection.live.gradients import all_finite
@@ -236,7 +235,7 @@ class Watch:
         if not are_finite(made):
             self._tell([self._origin()])
         elif self._forward.seen is not None:
-            self._tell(ordered(self._looker.judge_modules(self._forward.seen, self._forward.passes)))
+            self._tell(self._looker.judge_modules(self._forward.seen, self._forward.passes))
         self._next(looked=self._forward.seen is not None)
 
     # ---- the optimizer's step ----
@@ -252,7 +251,7 @@ class Watch:
         self._schedule.begin()
         if not self._are_gradients_finite():
             if not self._is_lost:
-                self._tell(ordered([self._origin(), *self._looker.loop.grown(self.step)]))
+                self._tell([self._origin(), *self._looker.loop.grown(self.step)])
             self._is_lost = True
             return
         self._is_lost = False
@@ -282,7 +281,7 @@ class Watch:
             self._tell(left_in_evaluation(self._root, self.step + 1, has_trained=self._has_trained))
         self._has_trained |= forward.passes > 0
         if seen is not None and not self._is_lost:
-            found = ordered(self._looker.after_step(seen, forward.passes, is_brief=not is_due))
+            found = self._looker.after_step(seen, forward.passes, is_brief=not is_due)
             if self._looker.is_puzzled:
                 self._schedule.ask()
             if is_due and not forward.passes and not forward.failure and not in_evaluation:
@@ -325,6 +324,7 @@ class Watch:
         self.not_looked_at |= self._looker.failed
 
     def _tell(self, found: list[Finding]) -> None:
+        found = self._looker.ordered(found)
         try:
             self._teller(found, self.numbers, self.step + 1)
         except Exception as error:  # FindingError, or an error of the user's own function or logger

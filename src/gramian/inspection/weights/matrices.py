@@ -143,6 +143,8 @@ def _not_numbers(entry: Entry) -> str:
         return f"the same memory as {entry.tied_to}"
     if entry.kind == "empty":
         return "of size 0"
+    if entry.kind == "quantized" and entry.dtype == "uint8" and len(entry.shape) == 1:
+        return "bytes (uint8), as the state of a generator"
     if entry.kind != "float":
         return f"{entry.kind} ({entry.dtype})"
     return "vector" if sum(length > 1 for length in entry.shape) < 2 and len(entry.shape) < 2 else ""

@@ -270,7 +270,7 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
 def _possible(layer: Layer) -> int:
     """The rank that the shape allows; of an embedding with a row of zeros, as padding has, without that row."""
     rows, columns = layer.shape[-2:]
-    is_padded = layer.role == "embedding" and layer.zeros >= columns
+    is_padded = layer.role == "embedding" and (layer.zeros or 0) >= columns
     return min(rows - 1 if is_padded else rows, columns)
 
 
