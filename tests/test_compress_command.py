@@ -248,19 +248,19 @@ def test_a_plan_is_written_once_and_read(folder, capsys, monkeypatch) -> None:
 
 
 BAD = {
-    "no_target": (["task.py:task"], "or keep with bits; got none"),
-    "two_targets": (["task.py:task", "--keep", "0.5", "--max-drop", "0.1"], "got keep and max_drop"),
+    "no_target": (["task.py:task"], "or --keep with --bits; got none"),
+    "two_targets": (["task.py:task", "--keep", "0.5", "--max-drop", "0.1"], "got --keep and --max-drop"),
     "keep_zero": (["task.py:task", "--keep", "0"], r"keep must be a share in (0, 1], got 0"),
     "keep_large": (["task.py:task", "--keep", "1.5"], r"keep must be a share in (0, 1], got 1.5"),
-    "drop": (["task.py:task", "--max-drop", "-1"], "max_drop must be a number of at least 0, got -1"),
+    "drop": (["task.py:task", "--max-drop", "-1"], "--max-drop must be a number of at least 0, got -1"),
     "no bits": (["task.py:task", "--bits", "9"], "bits must be from 2 to 8, got 9"),
     "no share": (["task.py:task", "--size", "1.2"], "size must be a share in (0, 1], got 1.2"),
     "no zeros": (["task.py:task", "--sparsity", "half"], "--sparsity is a share, as 0.5, or a pattern"),
     "no pattern": (["task.py:task", "--sparsity", "4:2"], "a pattern of zeros is like '2:4'"),
-    "by alone": (["task.py:task", "--size", "0.5", "--by", "bytes"], "by='bytes' says what max_drop makes small"),
+    "by alone": (["task.py:task", "--size", "0.5", "--by", "bytes"], "says what --max-drop makes small"),
     "narrow bits": (
         ["task.py:task", "--bits", "4", "--narrow"],
-        "takes keep, max_drop or speedup, and not bits",
+        "takes --keep, --max-drop or --speedup, and not --bits",
     ),
     "narrow bytes": (["task.py:task", "--max-drop", "1", "--narrow", "--by", "bytes"], "and not by bytes"),
     "narrow little": (["task.py:task", "--keep", "0.001", "--narrow"], "below the smallest possible"),
