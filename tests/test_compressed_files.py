@@ -56,7 +56,13 @@ def vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
-FAMILIES = {f.__name__: f for f in (bert, gpt2, llama, t5, vit)}
+def siglip() -> nn.Module:
+    """Its initialization draws the weights of projections by their names, whatever layers they have become."""
+    vision = {"num_attention_heads": 2, "image_size": 16, "patch_size": 4, **SMALL}
+    return transformers.SiglipForImageClassification(transformers.SiglipConfig(vision_config=vision))
+
+
+FAMILIES = {f.__name__: f for f in (bert, gpt2, llama, t5, vit, siglip)}
 
 
 @torch.no_grad()
@@ -64,7 +70,7 @@ def scores(model: nn.Module) -> Tensor:
     model.eval()
     if isinstance(model, transformers.T5ForConditionalGeneration):
         return model(input_ids=TOKENS, decoder_input_ids=TOKENS).logits
-    return model(PIXELS if isinstance(model, transformers.ViTForImageClassification) else TOKENS).logits
+    return model(PIXELS if model.main_input_name == "pixel_values" else TOKENS).logits
 
 
 def made(name: str, seed: int = 0) -> nn.Module:

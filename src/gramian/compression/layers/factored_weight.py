@@ -44,6 +44,8 @@ class FactoredWeight(Tensor):
     """
 
     product: Callable[[], Tensor]
+    # transformers' `_init_weights` of some models draws `module.q_proj.weight`, unless it is known to be loaded.
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(cls, product: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...]) -> FactoredWeight:
