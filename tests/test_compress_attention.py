@@ -237,3 +237,28 @@ def test_the_number_of_masks_follows_the_heads() -> None:
     holder = nn.Sequential(model)
     small = gm.narrow(holder, list(torch.randn(32, 4, 8).split(4)), DISTILL, keep=0.6).apply()
     assert small[0].masks == small[0].attention.num_heads == 2
+
+
+class Padded(nn.Module):
+    """An encoder of two layers over tokens with padding, whose own kernel takes dense weights alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(20, 16, padding_idx=0), nn.Linear(16, 3)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x), src_key_padding_mask=x == 0)[:, 0])
+
+
+@pytest.mark.parametrize("factored", ["encoder.layers.1.self_attn.out_proj", "encoder.layers.1.self_attn.in_proj*"])
+def test_a_layer_that_is_factored_in_a_later_layer_only_takes_padding(factored: str) -> None:
+    x = torch.randint(1, 20, (16, 8), generator=torch.Generator().manual_seed(0))
+    x[1:, 6:] = 0
+    batches = [(part, part[:, 0] % 3) for part in x.split(8)]
+    plan = gm.compress(Padded().eval(), batches, gm.Objective.classification(), include=[factored])
+    small = plan.at(keep=0.6, of="factorable").apply().eval()
+    with torch.no_grad():
+        without_gradients = small(x)
+    torch.testing.assert_close(without_gradients, small(x).detach())

@@ -43,6 +43,9 @@ def replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
         for child, value in list(parent._modules.items()):  # named_children gives a shared one only once
             if value is old:
                 setattr(parent, child, module)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(m is module for m in encoder.modules()):
+            encoder.use_nested_tensor = False  # which only its kernel of dense weights takes
     return model
 
 
