@@ -166,7 +166,7 @@ def test_what_cannot_be_narrowed_is_refused_with_the_reason() -> None:
     with pytest.raises(InputError, match=r"nothing of Sequential can be removed .*excluded by '0'"):
         gm.narrow(net, batches=batches, objective=DISTILL, exclude=["0"])
     plan = gm.narrow(net, batches=batches, objective=DISTILL)
-    with pytest.raises(InputError, match=r"below the smallest possible, 0\.0"):
+    with pytest.raises(InputError, match=r"below the smallest possible share of the parameters, 0\.0"):
         plan.at(keep=0.01)
     with pytest.raises(InputError, match=r"share in \(0, 1\]"):
         plan.at(keep=1.5)

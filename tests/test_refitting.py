@@ -226,7 +226,7 @@ def test_the_command_refits_where_that_is_better():
     made = decide(net, batches, SELF, error, Target(keep=0.5), curve=False)
     assert distance(made.model, net, new) < distance(made.plan.apply(), net, new)
     assert made.outcome.compressed.quality == distance(made.model, net, new)
-    assert any("refit" in note for note in made.outcome.notes)
+    assert any("refit" in note for note in made.outcome.remarks)
 
 
 def test_errors():

@@ -54,7 +54,9 @@ def test_batches_of_a_task_take_an_epoch_and_a_generator() -> None:
         gm.Task(Tagger, CLASSIFY, mine, lambda model: {})
 
 
-def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, request) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     x, out = torch.randn(8, 4), tmp_path / "run"
 
     def batches(epoch: int, generator: torch.Generator):

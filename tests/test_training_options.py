@@ -487,7 +487,7 @@ def test_a_comparison_takes_a_rate_for_each_optimizer() -> None:
     runs = compare(task(), ["adamw:lr=0.02", "sgd", "muon:lr=0.3"], steps=2)
     assert {name: run.lr for name, run in runs.items()} == {"adamw": 0.02, "sgd": 0.1, "muon": 0.3}
     assert [run.rate_from for run in runs.values()] == ["given", "the usual one", "given"]
-    told = "The rate of sgd is not tuned; at tuned ones the order may be another"
+    told = "The rate of sgd is not tuned; at tuned ones, as by lr=auto, the order may be another"
     assert told in page.comparison(runs, task()).verdict
     assert told not in page.comparison({"adamw": runs["adamw"], "muon": runs["muon"]}, task()).verdict
     console = Console(file=io.StringIO(), width=200)

@@ -22,12 +22,7 @@ def warn_of_hooks(model: nn.Module, verb: str) -> None:
         model: that is about to be written.
         verb: the name of the function, for the warning.
 
-    >>> net = nn.Sequential(nn.Linear(2, 2))
-    >>> _ = net.register_forward_pre_hook(lambda module, args: (args[0] / 255,))
-    >>> with warnings.catch_warnings(record=True) as told:
-    ...     warn_of_hooks(net, "save_compressed")
-    >>> str(told[0].message)
-    'save_compressed: a file holds no hooks, and there are forward hooks on Sequential. What they change is lost ...'
+    >>> warn_of_hooks(nn.Linear(2, 2), "save_compressed")  # it has none, and nothing is said
     """
     found = list(_hooked(model))
     if found:

@@ -279,7 +279,7 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
     kept = [layer for layer in measured.layers if layer.name.partition("[")[0] not in measured.entries]
     layers = [layer for layer in kept if not is_product(layer)]  # their factors are stored already
     ranks = {layer.name: rank_beyond_chance(layer) for layer in layers if layer.spectral_norm}
-    low = [layer for layer in layers if (ranks.get(layer.name) or min(layer.shape)) < _possible(layer)]
+    low = [layer for layer in layers if (rank := ranks.get(layer.name)) and rank < _possible(layer)]
     if low:
         worst = min(low, key=lambda layer: (ranks[layer.name] or 0) / min(layer.shape))
         yield Finding(
