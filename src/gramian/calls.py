@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,22 +14,18 @@ from gramian import placement
 from gramian.arguments import arguments_of
 from gramian.batch import LABELS, WEIGHTS, Parts, described, fields, has_arrays, is_pair, mapped, parts, tensors
 from gramian.errors import InputError, UnsupportedError
-from gramian.misuse import instead_of_model
+from gramian.misuse import instead_of_inputs, instead_of_model
 
 __all__ = [
     "as_model",
     "as_module",
     "called",
     "check_values",
-    "explain",
     "prepared",
     "tensor_of",
     "unwrapped",
     "wrappings",
 ]
-
-# What torch or Python says where something else stands in a tensor's place.
-_NO_TENSOR = r"must be Tensor, not|'(list|tuple|dict|str)' object has no attribute"
 
 
 def as_model(model: Any, verb: str) -> nn.Module:
@@ -262,30 +257,9 @@ def called(model: nn.Module, batch: Any) -> Any:
     try:
         return model(*args, **kwargs)
     except (RuntimeError, TypeError, AttributeError) as error:
-        explain(error, model, batch, [*args, *kwargs.values()])
+        if hint := instead_of_inputs(error, model, batch, [*args, *kwargs.values()]):
+            raise InputError(hint) from error
         raise
-
-
-def explain(error: Exception, model: nn.Module, batch: Any, given: Sequence[Any]) -> None:
-    """Raise what is to be written where a call of the model failed because of its inputs' kinds; else nothing.
-
-    Args:
-        error: of the call.
-        model: that was called.
-        batch: whose inputs it was given.
-        given: the arguments of the call.
-
-    Returns: nothing.
-    Raises:
-        InputError: the inputs are no tensors, or of another dtype than the weights.
-    Cost: none.
-    Source: this library's own.
-
-    >>> explain(ValueError("else"), nn.Linear(2, 2), torch.ones(1, 2), [torch.ones(1, 2)])
-    """
-    hint = _dtype_hint(model, given, str(error)) or _type_hint(model, parts(batch).inputs, str(error))
-    if hint is not None:
-        raise InputError(hint) from error
 
 
 def _matched(model: nn.Module, given: Parts, whole: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -341,30 +315,6 @@ def _by_place(model: nn.Module, given: Parts) -> tuple[tuple[Any, ...], dict[str
     raise InputError(
         f"forward of {type(model).__name__} requires {', '.join(required)}, and the batch has {have}. Write "
         f"(({', '.join(required)}), labels), a dict with these keys, or predict=lambda model, batch: model(…)"
-    )
-
-
-def _type_hint(model: nn.Module, inputs: Any, error: str) -> str | None:
-    """What to write where a call failed because a layer was given something else than a tensor: a list, a tuple."""
-    if isinstance(inputs, Tensor) or not re.search(_NO_TENSOR, error):
-        return None
-    return (
-        f"{type(model).__name__} was given {described(inputs)}, where a layer wants a tensor. Give tensors or NumPy "
-        "arrays, several inputs as arguments that forward takes by place, or say how to call it: "
-        f"predict=lambda model, batch: model(…). ({error.splitlines()[0]})"
-    )
-
-
-def _dtype_hint(model: nn.Module, given: Sequence[Any], error: str) -> str | None:
-    """What to write where a call failed because its inputs have another floating dtype than the weights."""
-    inputs = {t.dtype for t in tensors(list(given)) if t.is_floating_point()}
-    weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if not inputs or not weights or inputs <= weights or "type" not in error:
-        return None
-    have, want = (", ".join(sorted(str(d).removeprefix("torch.") for d in kinds)) for kinds in (inputs, weights))
-    return (
-        f"the inputs are {have} and the weights of {type(model).__name__} {want}. Cast one of them, as in "
-        f"x.to(torch.{want.partition(',')[0]}), or run this under torch.autocast. ({error.splitlines()[0]})"
     )
 
 

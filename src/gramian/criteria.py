@@ -12,7 +12,7 @@ from gramian.alignment import Align, Select, kept, unpadded, weights_of, with_dt
 from gramian.batch import described, fields, is_pair, token_mask
 from gramian.calls import called, tensor_of
 from gramian.errors import InputError
-from gramian.misuse import as_function
+from gramian.misuse import instead_of_labels
 
 __all__ = ["cross_entropy", "own_output", "squared_error"]
 
@@ -72,7 +72,7 @@ def cross_entropy(
         if scores.ndim < 2 or scores.shape[:-1] != labels.shape or not integers:
             raise InputError(
                 "objective: classification wants scores (..., classes) and integer labels (...), "
-                f"got {described(scores)} and {with_dtype(labels)}{_repaired(scores, labels, batch)}"
+                f"got {described(scores)} and {with_dtype(labels)}{instead_of_labels(scores, labels, batch)}"
             )
         if classes is not None and len(classes) != scores.shape[-1]:
             raise InputError(f"objective: weight has {len(classes)} classes, and the scores {scores.shape[-1]}")
@@ -377,28 +377,3 @@ def _num_rows(output: Sequence[tuple[Tensor, Tensor]]) -> int:
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random ±1: where several units share a layer's row (attention), their cross terms then cancel on average."""
     return torch.empty_like(like, requires_grad=False).bernoulli_(generator=generator).mul_(2).sub_(1)
-
-
-def _repaired(scores: Tensor, labels: Tensor, batch: Any = ()) -> str:
-    """What to write where labels are one number each in a dimension of their own, one-hot, or whole numbers as floats.
-
-    >>> _repaired(torch.ones(4, 3), torch.ones(4, 1))
-    '. Labels with a last dimension of 1: write labels.squeeze(-1).long()'
-    """
-    cast = ".long()" if labels.is_floating_point() else ""
-    if labels.ndim == scores.ndim and labels.shape[-1:] == (1,):
-        return f". Labels with a last dimension of 1: write labels.squeeze(-1){cast}"
-    if scores.ndim > 1 and labels.shape == scores.shape:
-        rows = labels.detach().double()
-        if bool(((rows == 0) | (rows == 1)).all()) and bool((rows.sum(-1) == 1).all()):
-            return ". One-hot labels: write labels.argmax(-1)"
-        if not bool((rows >= 0).all()):
-            return ". For numbers to be predicted, write gm.Objective.regression()"
-        own = as_function(batch, "torch.nn.functional.cross_entropy")
-        return (
-            ". For numbers to be predicted, write gm.Objective.regression(); for probabilities of the classes, the "
-            f"loss itself: {own}"
-        )
-    if cast and scores.shape[:-1] == labels.shape and bool((labels == labels.round()).all()):
-        return ". Whole numbers as floats: write labels.long(); for numbers to be predicted, gm.Objective.regression()"
-    return ""

@@ -1,21 +1,30 @@
-"""What was given in place of a model, an objective or an argument's name, and what to write."""
+"""What was given in place of a model, an objective, labels, inputs or an argument's name, and what to write."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gramian.batch import LABELS, described, fields
+from gramian.batch import LABELS, described, fields, parts, tensors
 from gramian.errors import InputError
 
-__all__ = ["as_function", "instead_of_model", "instead_of_objective", "known_names"]
+__all__ = [
+    "as_function",
+    "instead_of_inputs",
+    "instead_of_labels",
+    "instead_of_model",
+    "instead_of_objective",
+    "known_names",
+    "misread",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,6 +36,9 @@ _LOSSES = {
     "MSELoss": "regression()",
     "mse_loss": "regression()",
 }
+# What torch or Python says where something else stands in a tensor's place.
+_NO_TENSOR = r"must be Tensor, not|'(list|tuple|dict|str)' object has no attribute"
+
 _KINDS = ("classification", "regression", "next_token", "reconstruction", "self_distillation")
 
 
@@ -127,6 +139,121 @@ def instead_of_objective(value: Any, objective: type) -> str:
         f"got {name}, which takes an output and a target. Write {known}"
         "lambda model, batch: loss(model(batch[0]), batch[1])"
     )
+
+
+def instead_of_labels(scores: Tensor, labels: Tensor, batch: Any = ()) -> str:
+    """What to write where labels are one number each in a dimension of their own, one-hot, or whole numbers as floats.
+
+    Args:
+        scores: of the classes.
+        labels: given for them.
+        batch: that has these.
+
+    Returns: words that end an error's line, or nothing.
+    Raises: nothing of its own.
+    Cost: a pass over the labels.
+    Source: this library's own.
+
+    >>> instead_of_labels(torch.ones(4, 3), torch.ones(4, 1))
+    '. Labels with a last dimension of 1: write labels.squeeze(-1).long()'
+    """
+    cast = ".long()" if labels.is_floating_point() else ""
+    if labels.ndim == scores.ndim and labels.shape[-1:] == (1,):
+        return f". Labels with a last dimension of 1: write labels.squeeze(-1){cast}"
+    if scores.ndim > 1 and labels.shape == scores.shape:
+        rows = labels.detach().double()
+        if bool(((rows == 0) | (rows == 1)).all()) and bool((rows.sum(-1) == 1).all()):
+            return ". One-hot labels: write labels.argmax(-1)"
+        if not bool((rows >= 0).all()):
+            return ". For numbers to be predicted, write gm.Objective.regression()"
+        own = as_function(batch, "torch.nn.functional.cross_entropy")
+        return (
+            ". For numbers to be predicted, write gm.Objective.regression(); for probabilities of the classes, the "
+            f"loss itself: {own}"
+        )
+    if cast and scores.shape[:-1] == labels.shape and bool((labels == labels.round()).all()):
+        return ". Whole numbers as floats: write labels.long(); for numbers to be predicted, gm.Objective.regression()"
+    return ""
+
+
+def instead_of_inputs(error: Exception, model: nn.Module, batch: Any, given: Sequence[Any]) -> str:
+    """What to write where a call of the model failed because its inputs are no tensors, or of another dtype than it.
+
+    Args:
+        error: of the call.
+        model: that was called.
+        batch: whose inputs it was given.
+        given: the arguments of the call.
+
+    Returns: an error's line; empty where the error is another one.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> instead_of_inputs(ValueError("else"), nn.Linear(2, 2), torch.ones(1, 2), [torch.ones(1, 2)])
+    ''
+    """
+    return _dtype_hint(model, given, str(error)) or _type_hint(model, parts(batch).inputs, str(error))
+
+
+def _type_hint(model: nn.Module, inputs: Any, error: str) -> str:
+    """What to write where a call failed because a layer was given something else than a tensor: a list, a tuple."""
+    if isinstance(inputs, Tensor) or not re.search(_NO_TENSOR, error):
+        return ""
+    return (
+        f"{type(model).__name__} was given {described(inputs)}, where a layer wants a tensor. Give tensors or NumPy "
+        "arrays, several inputs as arguments that forward takes by place, or say how to call it: "
+        f"predict=lambda model, batch: model(…). ({error.splitlines()[0]})"
+    )
+
+
+def _dtype_hint(model: nn.Module, given: Sequence[Any], error: str) -> str:
+    """What to write where a call failed because its inputs have another floating dtype than the weights."""
+    inputs = {t.dtype for t in tensors(list(given)) if t.is_floating_point()}
+    weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if not inputs or not weights or inputs <= weights or "type" not in error:
+        return ""
+    have, want = (", ".join(sorted(str(d).removeprefix("torch.") for d in kinds)) for kinds in (inputs, weights))
+    return (
+        f"the inputs are {have} and the weights of {type(model).__name__} {want}. Cast one of them, as in "
+        f"x.to(torch.{want.partition(',')[0]}), or run this under torch.autocast. ({error.splitlines()[0]})"
+    )
+
+
+def misread(error: Exception, model: nn.Module, batch: Any) -> str:
+    """What to write where a loss took the model and the batch, which it was given, for something else.
+
+    Args:
+        error: that it raised.
+        model: its first argument.
+        batch: its second.
+
+    Returns: words that end an error's line; empty where the error is another one.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> misread(AttributeError("'tuple' object has no attribute 'size'"), nn.Linear(2, 2), ())[:31]
+    'it uses the batch as a tensor: '
+    """
+    own, text = (type(batch).__name__, type(model).__name__), str(error)
+    if text in (f"'{own[0]}' object is not callable", f"'{own[1]}' object is not subscriptable"):
+        return f"it uses the first as a batch or the second as a model: {text}. Swap its arguments"
+    if (
+        f"must be Tensor, not {own[1]}" in text
+        or (text.startswith("unsupported operand") and f"'{own[1]}'" in text)
+        or (_lacks(text, own[1]) and not hasattr(nn.Module, _lacks(text, own[1])))
+    ):
+        return f"it uses the model as an output: {text}. Write {as_function(batch)}"
+    if not isinstance(batch, Tensor) and _lacks(text, own[0]):
+        return f"it uses the batch as a tensor: {text}. If it takes an output and a target, write {as_function(batch)}"
+    return ""
+
+
+def _lacks(text: str, kind: str) -> str:
+    """The attribute that tensors have and an object of this class does not, by an error's text; else empty."""
+    attribute = text.removeprefix(f"'{kind}' object has no attribute ").strip("'")
+    return attribute if attribute != text and hasattr(Tensor, attribute) else ""
 
 
 def known_names(name: str, **meant: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

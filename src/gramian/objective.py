@@ -21,7 +21,7 @@ from gramian import alignment, criteria
 from gramian.batch import described, main_input, num_samples, tensors
 from gramian.calls import prepared
 from gramian.errors import InputError
-from gramian.misuse import as_function, instead_of_objective
+from gramian.misuse import instead_of_objective, misread
 
 __all__ = ["Fisher", "Objective", "as_objective", "is_observed"]
 
@@ -368,33 +368,11 @@ def as_objective(objective: Any) -> Objective:
         try:
             return objective(model, batch)
         except (TypeError, AttributeError) as error:
-            if advice := _misread(error, model, batch):
+            if advice := misread(error, model, batch):
                 raise InputError(f"objective: the function is called as loss(model, batch), and {advice}") from error
             raise
 
     return Objective(predict=predict, criterion=criterion)
-
-
-def _misread(error: Exception, model: nn.Module, batch: Any) -> str:
-    """What to do where an error is that of a loss which took its two arguments for others; empty where it is not."""
-    own, text = (type(batch).__name__, type(model).__name__), str(error)
-    if text in (f"'{own[0]}' object is not callable", f"'{own[1]}' object is not subscriptable"):
-        return f"it uses the first as a batch or the second as a model: {text}. Swap its arguments"
-    if (
-        f"must be Tensor, not {own[1]}" in text
-        or (text.startswith("unsupported operand") and f"'{own[1]}'" in text)
-        or (_lacks(text, own[1]) and not hasattr(nn.Module, _lacks(text, own[1])))
-    ):
-        return f"it uses the model as an output: {text}. Write {as_function(batch)}"
-    if not isinstance(batch, Tensor) and _lacks(text, own[0]):
-        return f"it uses the batch as a tensor: {text}. If it takes an output and a target, write {as_function(batch)}"
-    return ""
-
-
-def _lacks(text: str, kind: str) -> str:
-    """The attribute that tensors have and an object of this class does not, by an error's text; else empty."""
-    attribute = text.removeprefix(f"'{kind}' object has no attribute ").strip("'")
-    return attribute if attribute != text and hasattr(Tensor, attribute) else ""
 
 
 def _num_samples(batch: Any) -> int:

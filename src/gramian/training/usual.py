@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gramian.arguments import arguments_of
 from gramian.batch import is_pair
-from gramian.calls import explain
+from gramian.errors import InputError
+from gramian.misuse import instead_of_inputs
 from gramian.objective import Objective, is_observed
 
 __all__ = ["usual"]
@@ -37,7 +38,8 @@ def usual(model: nn.Module, objective: Objective) -> Callable[[Any], tuple[Tenso
         try:
             output = model(x)
         except (RuntimeError, TypeError, AttributeError) as error:
-            explain(error, model, batch, [x])
+            if hint := instead_of_inputs(error, model, batch, [x]):
+                raise InputError(hint) from error
             raise
         found = counted(output, labels)
         if found is None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
@@ -56,14 +56,12 @@ def norm_gain(context: Context) -> Iterator[Finding]:
 
 def norm_scale(context: Context) -> Iterator[Finding]:
     """Find norms that multiply all they normalize by the same large number, as no training leaves it. Exact."""
-    large = {
-        name: float(w.detach().flatten()[0])
+    gains = {
+        name: getattr(module, "weight", None)
         for name, module in context.modules.items()
         if "Norm" in type(module).__name__ and name in context.first_calls
-        for w in (getattr(module, "weight", None),)
-        if isinstance(w, nn.Parameter) and w.numel() > 1 and bool((w == w.flatten()[0]).all())
-        if LARGE <= abs(float(w.detach().flatten()[0])) < math.inf
     }
+    large = {name: gain for name, w in gains.items() if (gain := _one_number(w)) and LARGE <= abs(gain) < math.inf}
     if large and not context.has_learned:
         name = max(large, key=lambda n: abs(large[n]))
         yield Finding(
@@ -75,6 +73,14 @@ def norm_scale(context: Context) -> Iterator[Finding]:
             cause="Nothing else in a sum counts beside it, and it saturates what follows.",
             advice=f"Set its weight to one: torch.nn.init.ones_ of {name}.weight.",
         )
+
+
+def _one_number(w: Tensor | None) -> float | None:
+    """The number that all of several entries of a parameter are."""
+    if not isinstance(w, nn.Parameter) or w.numel() < 2:
+        return None
+    first = w.detach().flatten()[0]
+    return float(first) if bool((w == first).all()) else None
 
 
 def norm_size(context: Context) -> Iterator[Finding]:

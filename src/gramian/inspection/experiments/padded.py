@@ -49,7 +49,6 @@ class Counted:
         label: at all padded positions of all batches.
         padded: number of them.
         num: number of all positions.
-        classes: how many scores there are for each.
         are_tokens: whether the classes are the vocabulary of the inputs, in which padding may be what ends a text.
     """
 
@@ -57,7 +56,6 @@ class Counted:
     label: int
     padded: int
     num: int
-    classes: int
     are_tokens: bool
 
 
@@ -107,9 +105,8 @@ def counts_padding(asked: Asked) -> Counted | None:
     axis = 2 if is_last else 1
     if not bool(gradient.ne(0).any(axis)[here.to(gradient.device)].any()):
         return None
-    classes = made[0].shape[axis]
-    tokens = classes == tables[0].num_embeddings
-    return Counted(labels[0].name, int(there[0]), len(there), len(y), classes, tokens)
+    tokens = made[0].shape[axis] == tables[0].num_embeddings
+    return Counted(labels[0].name, int(there[0]), len(there), len(y), tokens)
 
 
 def _are_whole(values: list[Tensor]) -> bool:
