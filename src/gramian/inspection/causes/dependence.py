@@ -19,9 +19,9 @@ LEAST, MOST = 100, 1024
 NEIGHBORS, NUM_SHUFFLES = 5, 50
 # Below this p-value of any of the statistics, the labels depend on the inputs.
 LEVEL = 0.02
-# Labels that are made up, a quarter of them noise. Nothing is said unless the tests see nearly all of them, which the
-# first few mostly tell.
-NUM_MADE_UP, FEW_MADE_UP, POWER = 20, 5, 0.9
+# Labels that are made up, a quarter of them noise. Nothing is said unless the tests see nearly all of them. They are
+# drawn by so many numbers at once.
+NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**22
 # Features up to which products of two are looked at; columns of codes that count each for itself; numbers that count as
 # classes.
 MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
@@ -119,27 +119,18 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
     p, power, linear_power, seen = float(_least(_p_values(own, chance))), 1.0, 1.0, ""
     if p > LEVEL:
         simple = x[:, :num_simple]
-        root = _root(gram) if len(x) < num_simple == x.shape[1] else simple
 
         def share_seen(of: Tensor, *, are_products: bool) -> float:
-            """The share of those made up that are seen, of the first few where too many of them are not."""
-            num_tests = None if of is structure else 3
-            tried = missed = 0
-            against: Tensor | None = None
-            for count in (FEW_MADE_UP, NUM_MADE_UP - FEW_MADE_UP):
-                labels = _made_up(of, num, count, generator, are_products=are_products)
-                against = shuffled(labels[0]) if against is None else against
-                found = _p_values(_statistics(known, labels, num), against)[:, :num_tests]
-                tried, missed = tried + count, missed + int((_least(found) >= LEVEL).sum())
-                if NUM_MADE_UP - missed < POWER * NUM_MADE_UP:
-                    break
-            return 1 - missed / tried
+            labels = _made_up(of, num, generator, are_products=are_products)
+            against = shuffled(labels[0])
+            found = _p_values(_statistics(known, labels, num), against)
+            return float((_least(found if of is structure else found[:, :3]) < LEVEL).float().mean())
 
-        power = linear_power = share_seen(root, are_products=False)
+        power = linear_power = share_seen(simple, are_products=False)
         seen = f"; of labels made up of these inputs, a quarter of them noise, {linear_power:.0%} are seen where they "
         seen += "are linear"
         if linear_power >= POWER:  # else nothing is said, whatever the products are
-            of_products = share_seen(root, are_products=True)
+            of_products = share_seen(simple, are_products=True)
             seen += f", and {of_products:.0%} where they are products"
             if of_products < POWER and structure is not None and len(y) >= ENOUGH and p > CLEARLY:
                 of_products = share_seen(structure, are_products=True)
@@ -171,22 +162,23 @@ def _least(p: Tensor) -> Tensor:
     return (p.amin(1) * p.shape[1]).clamp(max=1.0)
 
 
-def _root(gram: Tensor) -> Tensor:
-    """A root of x xᵀ: of few samples of many features, random linear functions have the law of those of the root."""
-    noise = 1e-9 * gram.diagonal().mean().clamp(min=1e-30)
-    return torch.linalg.cholesky(gram + noise * torch.eye(len(gram), dtype=gram.dtype)).float()
-
-
-def _made_up(x: Tensor, num: int, count: int, generator: torch.Generator, *, are_products: bool) -> Tensor:
+def _made_up(x: Tensor, num: int, generator: torch.Generator, *, are_products: bool) -> Tensor:
     """Labels (K, N) that depend on the inputs linearly, or by products of two linear ones, a quarter shuffled."""
-    scores = torch.ones(())
-    for _ in range(1 + are_products):
-        scores = scores * (x @ torch.randn(x.shape[1], num * count, generator=generator))
-    labels = scores.view(len(x), count, num).argmax(2).T.contiguous()
-    for y in labels:
-        order = torch.randperm(len(y), generator=generator)[::4]
-        y[order] = y[order][torch.randperm(len(order), generator=generator)]
-    return labels
+    labels: list[Tensor] = []
+    at_once = max(1, MOST_DRAWN // (x.shape[1] * num))
+    for first in range(0, NUM_MADE_UP, at_once):
+        drawn: list[list[Tensor]] = []
+        shuffles: list[tuple[Tensor, Tensor]] = []
+        for _ in range(min(at_once, NUM_MADE_UP - first)):
+            drawn.append([torch.randn(x.shape[1], num, generator=generator) for _ in range(1 + are_products)])
+            rows = torch.randperm(len(x), generator=generator)[::4]
+            shuffles.append((rows, rows[torch.randperm(len(rows), generator=generator)]))
+        scores = math.prod((x @ torch.cat(of, 1) for of in zip(*drawn, strict=True)), start=torch.ones(()))
+        made = scores.view(len(x), -1, num).argmax(2).T.contiguous()
+        for y, (rows, of) in zip(made, shuffles, strict=True):
+            y[rows] = y[of]
+        labels.append(made)
+    return torch.cat(labels)
 
 
 def _classes(labels: Sequence[Tensor]) -> Tensor:
