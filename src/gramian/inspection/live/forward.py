@@ -51,33 +51,26 @@ class Forward:
         self.last: Pass | None = None
         self.passes = self.evaluations = 0
         self.handles: list[Any] = []
-        self._behind: list[Any] = []  # the hook on the end of a pass that is looked at, until the step is done
         self._begins, self._ends = begins, ends
         self._watcher: _Live | None = None
         self._inside = ExitStack()  # the hooks and the mode of the pass that is watched
-        self._is_asleep = self._is_around = False
-        self._entry, self.is_replayed, self.failure = _entry(model)
+        self._is_asleep = False
+        entry, self.is_replayed, self.failure = _entry(model)
         if not self.failure:
-            self.handles.append(self._entry.register_forward_pre_hook(_Hook(self._before), with_kwargs=True))
-            if ends is not None:
-                self._hook_behind(self.handles)
-
-    def _hook_behind(self, handles: list[Any]) -> None:
-        """Adds a hook on the end of a pass, which ordinary passes of a loop with an optimizer do without."""
-        handles.append(self._entry.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True))
+            before, after = _Hook(self._before), _Hook(self._after)
+            self.handles.append(entry.register_forward_pre_hook(before, with_kwargs=True))
+            self.handles.append(entry.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     def close(self) -> None:
         """Removes the hooks."""
         self._inside.close()
-        for handle in (*self.handles, *self._behind):
+        for handle in self.handles:
             handle.remove()
-        self.handles, self._behind, self.last, self.seen, self._watcher = [], [], None, None, None
+        self.handles, self.last, self.seen, self._watcher = [], None, None, None
 
     def clear(self) -> None:
         """Begins the next step."""
         self.passes, self.evaluations, self.seen = 0, 0, None
-        while self._behind:
-            self._behind.pop().remove()
 
     def asleep(self) -> ExitStack:
         """A context in which passes are not the user's."""
@@ -90,7 +83,6 @@ class Forward:
         """A function that makes the passes in place of the model's call."""
         for handle in self.handles:
             handle.remove()
-        self._is_around = True
         self.is_replayed |= hasattr(function, "_torchdynamo_orig_callable")
 
         @wraps(function)
@@ -136,8 +128,6 @@ class Forward:
         if is_due and not self.is_replayed and not self.failure and self.seen is None and self._watcher is None:
             self.seen = Observed()
             self._watcher = _Live(self.root, self.seen, live=True)
-            if self._ends is None and not self._is_around and not self._behind:
-                self._hook_behind(self._behind)
             self._inside.enter_context(self._watcher.installed())
             self._watcher._try(self._watcher.entering(""), self.root, args, kwargs)
 
