@@ -115,9 +115,7 @@ def _local(products: Tensor) -> Tensor:
     squares = products.diagonal()
     distances = (squares[:, None] + squares - 2 * products).clamp_(min=0)
     # And not kthvalue, which takes five times as long.
-    nearest = distances.topk(
-        min(NEIGHBORS, len(products) - 1) + 1, 1, largest=False
-    )
+    nearest = distances.topk(min(NEIGHBORS, len(products) - 1) + 1, 1, largest=False)
     width = nearest.values[:, -1].median()
     return torch.exp(-distances / width.clamp(min=1e-12))
 
