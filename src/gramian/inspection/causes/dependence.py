@@ -21,10 +21,11 @@ NEIGHBORS, NUM_SHUFFLES = 5, 50
 LEVEL = 0.02
 # Labels that are made up, a quarter of them noise. Nothing is said unless the tests see nearly all of them. They are
 # drawn by so many numbers at once.
-NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**22
+NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**20
 # Features up to which products of two are looked at; columns of codes that count each for itself; numbers that count as
 # classes.
 MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
+PART = 2048  # rows or columns that are multiplied at a time
 EULER = 0.5772156649
 # Directions that count as the inputs' structure, and how far beyond the edge of noise their variances are. The rest is
 # noise if its fourth moments, and how much the samples differ in it, are no larger than a Gaussian's by these factors.
@@ -95,9 +96,9 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
     if any(t.is_complex() or t.shape[1:] != of[0].shape[1:] for of in tensors for t in of):
         return None
     found = [_features(torch.cat([t.detach().cpu() for t in of])[:MOST]) for of in tensors]
-    simple = torch.cat([few for few, _ in found], 1)
-    x, y = torch.cat([simple, *(more for _, more in found)], 1), _classes(labels)[:MOST]
-    num_simple = simple.shape[1]
+    num_simple = sum(few.shape[1] for few, _ in found)
+    x, y = torch.cat([t for kind in zip(*found, strict=True) for t in kind], 1), _classes(labels)[:MOST]
+    del found
     num = int(y.max()) + 1 if len(y) else 0
     if len(y) < LEAST or num < 2 or num > len(y) // 5 or int(y.min()) < 0 or not bool(x.isfinite().all()):
         return None
@@ -114,8 +115,7 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
         orders = [torch.randperm(len(x), generator=generator) for _ in range(NUM_SHUFFLES)]
         return _statistics(known, labels[torch.stack(orders)], num)
 
-    chance = shuffled(y)
-    own = _statistics(known, y[None], num)
+    chance, own = shuffled(y), _statistics(known, y[None], num)
     p, power, linear_power, seen = float(_least(_p_values(own, chance))), 1.0, 1.0, ""
     if p > LEVEL:
         simple = x[:, :num_simple]
@@ -164,11 +164,10 @@ def _least(p: Tensor) -> Tensor:
 
 def _made_up(x: Tensor, num: int, generator: torch.Generator, *, are_products: bool) -> Tensor:
     """Labels (K, N) that depend on the inputs linearly, or by products of two linear ones, a quarter shuffled."""
-    labels: list[Tensor] = []
+    labels = []
     at_once = max(1, MOST_DRAWN // (x.shape[1] * num))
     for first in range(0, NUM_MADE_UP, at_once):
-        drawn: list[list[Tensor]] = []
-        shuffles: list[tuple[Tensor, Tensor]] = []
+        drawn, shuffles = [], []
         for _ in range(min(at_once, NUM_MADE_UP - first)):
             drawn.append([torch.randn(x.shape[1], num, generator=generator) for _ in range(1 + are_products)])
             rows = torch.randperm(len(x), generator=generator)[::4]
@@ -225,7 +224,7 @@ def _products(x: Tensor) -> Tensor:
 def _standardized(x: Tensor) -> Tensor:
     x = x - x.mean(0)
     deviation = (x.square().sum(0) / (len(x) - 1)).sqrt()  # and not std, which takes ten times as long on a processor
-    return (x / deviation.clamp(min=1e-6 * float(deviation.amax() + 1e-30))).clamp(-5, 5)
+    return x.div_(deviation.clamp(min=1e-6 * float(deviation.amax() + 1e-30))).clamp_(-5, 5)
 
 
 def _neighbors(x: Tensor) -> Tensor:
@@ -235,9 +234,12 @@ def _neighbors(x: Tensor) -> Tensor:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """The smaller of x xᵀ and xᵀ x."""
-    x = x.double()
-    return x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
+    """The smaller of x xᵀ and xᵀ x, in float64, for which a part of x is held at a time."""
+    tall = x.T if x.shape[0] < x.shape[1] else x
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+    for part in map(Tensor.double, tall.split(PART)):
+        gram.addmm_(part.T, part)
+    return gram
 
 
 def _principal(x: Tensor, gram: Tensor) -> Tensor:

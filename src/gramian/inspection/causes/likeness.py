@@ -42,9 +42,10 @@ def kernels(t: Tensor) -> list[Tensor]:
         found = _counted(t)
         both = [_products(_standardized(x)) for x in (found.sum(1), found.flatten(1)[:, :MOST_NUMBERS])]
         return [*both, *(k.square() for k in both)]
-    t = t.double()
     if t.ndim == 4 and min(t.shape[2:]) >= SMALL:
-        return [_products(_standardized(F.adaptive_avg_pool2d(t, SMALL).flatten(1))), _products(_patches(t))]
+        small = _pooled(t, (SMALL, SMALL), torch.float64)
+        return [_products(_standardized(small.flatten(1))), _products(_patches(t))]
+    t = t.double()
     pooled = []
     if t.ndim == 3:
         parts = t.mean(1), t.square().mean(1), t.amax(1), t.amin(1)
@@ -120,11 +121,14 @@ def _local(products: Tensor) -> Tensor:
     return torch.exp(-distances / width.clamp(min=1e-12))
 
 
+def _pooled(t: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Images made as small, of which few are held as numbers of this type at a time."""
+    return torch.cat([F.adaptive_avg_pool2d(few.to(dtype), size) for few in t.split(SOME)])
+
+
 def _patches(t: Tensor) -> Tensor:
     """How strongly patches of some images are found in each: at most, on average, and as a power."""
-    t = t.float()
-    if max(t.shape[2:]) > MOST_SIDE:
-        t = F.adaptive_avg_pool2d(t, (min(t.shape[2], MOST_SIDE), min(t.shape[3], MOST_SIDE)))
+    t = _pooled(t, (min(t.shape[2], MOST_SIDE), min(t.shape[3], MOST_SIDE)), torch.float32)
     t = (t - t.mean()) / t.std().clamp(min=1e-12)
     side = 5 if min(t.shape[2:]) >= 10 else 3
     generator = torch.Generator().manual_seed(0)
