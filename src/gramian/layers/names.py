@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from gramian.errors import ShapeError
@@ -46,15 +47,12 @@ class NamedWeight:
     rows: tuple[str, ...] = ()
     square: bool = False
 
-    def matches(self, name: str, config: Mapping[str, Any]) -> bool:
-        """Whether a tensor is meant.
+    def is_named(self, name: str) -> bool:
+        """Whether a tensor's name ends as this row says."""
+        return fnmatch.fnmatchcase(f".{name}", f"*.{self.name}")
 
-        Args:
-            name: of the tensor.
-            config: of the model.
-        """
-        if not fnmatch.fnmatchcase(f".{name}", f"*.{self.name}"):
-            return False
+    def fits(self, config: Mapping[str, Any]) -> bool:
+        """Whether this row is meant in a model of this config."""
         in_family = not self.models or str(config.get("model_type", "")) in self.models
         return in_family and all(config.get(key) == value for key, value in self.when.items())
 
@@ -237,8 +235,8 @@ def find_named(
     >>> find_named("h.0.attn.c_attn.weight", (8, 24), {}).layout.labels
     ('q', 'k', 'v')
     """
-    for row in NAMED if rows is None else rows:
-        if not row.matches(name, config) or _is_bias(name):
+    for row in _rows_named(name) if rows is None else (row for row in rows if row.is_named(name)):
+        if not row.fits(config) or _is_bias(name):
             continue
         if not row.layout:
             return NameMatch(None, row.kind, row.role, f"named {row.name}: acts element by element")
@@ -265,6 +263,12 @@ def find_named(
     if sum(length > 1 for length in shape) < 2 and (len(shape) != 2 or not local.endswith("weight")):
         return NameMatch(None, "vector", "elementwise", f"{local}: a vector, with axes of length 1")
     return None
+
+
+@lru_cache(maxsize=4096)
+def _rows_named(name: str) -> tuple[NamedWeight, ...]:
+    """The rows of the table for a name, which is asked for at each look at a model."""
+    return tuple(row for row in NAMED if row.is_named(name))
 
 
 def _is_bias(name: str) -> bool:

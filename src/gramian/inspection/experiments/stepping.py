@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import cycle, islice
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from gramian.recording.measuring import training
 __all__ = ["NUM_STEPS", "Steps", "take_steps"]
 
 # Steps, and after how many of them none follows if the loss has not risen by this share: to three times its first value
-# it rises over several steps.
-NUM_STEPS, FEWEST, RISEN = 5, 3, 0.05
+# it rises over several steps, at a constant factor to one and a half times in the first two. A smaller share is enough
+# where the first step changes the median matrix by less than is usual, or some matrix by more.
+NUM_STEPS, FEWEST, RISEN, RISEN_UNUSUAL, USUAL = 5, 3, 0.25, 0.05, (1e-3, 0.25)
 
 
 @dataclass
@@ -62,7 +64,7 @@ def take_steps(
         twin, stepper = copy.deepcopy((model, optimizer))
         names = {n: p for n, p in twin.named_parameters() if p.requires_grad and p.ndim >= 2}
         for i, batch in enumerate(islice(cycle(given), num_steps)):
-            if i >= FEWEST and max(taken.losses) <= (1 + RISEN) * taken.losses[0]:
+            if i >= FEWEST and max(taken.losses) <= (1 + _enough(taken)) * taken.losses[0]:
                 break
             stepper.zero_grad()
             with torch.enable_grad():
@@ -85,6 +87,13 @@ def take_steps(
             total, units = objective.loss(twin, given[0])
             taken.losses.append(float(total.detach() / units))
     return taken
+
+
+def _enough(taken: Steps) -> float:
+    """The share by which a loss has to rise for more steps to tell more."""
+    changes, (low, high) = taken.changes.values(), USUAL
+    is_usual = bool(changes) and median(changes) >= low and all(change <= high for change in changes)
+    return RISEN if is_usual else RISEN_UNUSUAL
 
 
 def _largest(gradient: Tensor) -> float:
