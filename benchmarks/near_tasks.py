@@ -1,5 +1,7 @@
 """Development tasks beside those of `gramian bench optim`: small networks, convolutions, raw inputs, a recurrence.
 
+Those of `benchmarks/small_tasks.py`, whose networks are smaller still, run here too.
+
     OMP_NUM_THREADS=1 python benchmarks/near_tasks.py [TASK …]
 
 Equal steps: the geometric mean over three seeds of the held-out number, at each of a grid of half-decades, widened
