@@ -24,6 +24,8 @@ __all__ = ["SMALL"]
 class Terrain(nn.Module):
     """Twenty-four fixed waves of two coordinates, and two hidden layers."""
 
+    waves: Tensor
+
     def __init__(self, width: int = 48) -> None:
         super().__init__()
         self.register_buffer("waves", 5 * torch.randn(2, 24))
@@ -74,6 +76,9 @@ def _beats(seed: int) -> Task:
 
 class _Memory(nn.Module):
     """A linear recurrence h ← a h + B x with a decay for each of its channels, a gate, and a matrix back."""
+
+    apart: Tensor
+    past: Tensor
 
     def __init__(self, width: int, length: int) -> None:
         super().__init__()
