@@ -47,12 +47,15 @@ class NamedWeight:
     rows: tuple[str, ...] = ()
     square: bool = False
 
-    def is_named(self, name: str) -> bool:
-        """Whether a tensor's name ends as this row says."""
-        return fnmatch.fnmatchcase(f".{name}", f"*.{self.name}")
+    def matches(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Whether a tensor is meant.
 
-    def fits(self, config: Mapping[str, Any]) -> bool:
-        """Whether this row is meant in a model of this config."""
+        Args:
+            name: of the tensor.
+            config: of the model.
+        """
+        if not _ends_with(name, self.name):
+            return False
         in_family = not self.models or str(config.get("model_type", "")) in self.models
         return in_family and all(config.get(key) == value for key, value in self.when.items())
 
@@ -235,8 +238,8 @@ def find_named(
     >>> find_named("h.0.attn.c_attn.weight", (8, 24), {}).layout.labels
     ('q', 'k', 'v')
     """
-    for row in _rows_named(name) if rows is None else (row for row in rows if row.is_named(name)):
-        if not row.fits(config) or _is_bias(name):
+    for row in _rows_named(name) if rows is None else rows:
+        if not row.matches(name, config) or _is_bias(name):
             continue
         if not row.layout:
             return NameMatch(None, row.kind, row.role, f"named {row.name}: acts element by element")
@@ -268,7 +271,11 @@ def find_named(
 @lru_cache(maxsize=4096)
 def _rows_named(name: str) -> tuple[NamedWeight, ...]:
     """The rows of the table for a name, which is asked for at each look at a model."""
-    return tuple(row for row in NAMED if row.is_named(name))
+    return tuple(row for row in NAMED if _ends_with(name, row.name))
+
+
+def _ends_with(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(f".{name}", f"*.{pattern}")
 
 
 def _is_bias(name: str) -> bool:

@@ -19,9 +19,8 @@ LEAST, MOST = 100, 1024
 NEIGHBORS, NUM_SHUFFLES = 5, 50
 # Below this p-value of any of the statistics, the labels depend on the inputs.
 LEVEL = 0.02
-# Labels that are made up, a quarter of them noise. Nothing is said unless the tests see nearly all of them. They are
-# drawn by so many numbers at once.
-NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**20
+# Labels that are made up, a quarter of them noise. Nothing is said unless the tests see nearly all of them.
+NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**20  # and so many numbers are drawn at once
 # Features up to which products of two are looked at; columns of codes that count each for itself; numbers that count as
 # classes.
 MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
