@@ -95,13 +95,14 @@ class Loop:
         ended = share >= 1
         if on_step is not None:
             on_step(run, share)
-        first = folder is not None
-        numbers = plain_numbers(run.model) if first else {}
+        first = True
+        numbers = plain_numbers(run.model) if folder is not None else {}
         while not ended:
             self._step(share)
             if first:
-                warn_of_plain_numbers(self.task, numbers, plain_numbers(run.model))
+                self.stepper.check_parameters()
                 if folder is not None:
+                    warn_of_plain_numbers(self.task, numbers, plain_numbers(run.model))
                     folder.room.make(self._size())
                 first = False
             run.seconds, due, signal = self._agreed(time.perf_counter() - started, folder, interrupts)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gramian import placement
 from gramian.calls import prepared
-from gramian.errors import TaskError
+from gramian.errors import TaskError, some
 from gramian.inspection.live.gradients import all_finite
 from gramian.objective import Objective
 from gramian.training import agreement
@@ -117,6 +117,20 @@ class Stepper:
         if not taken:
             self._buffers.restore()
         return total, units, taken or self.overflowed
+
+    def check_parameters(self) -> None:
+        """Raise `TaskError` where a step made or replaced parameters of the model: the optimizer has only the old ones.
+
+        With FSDP2 the wrapper replaces them itself.
+        """
+        known = set(map(id, self._params))
+        new = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+        if new and not self.divided:
+            raise TaskError(
+                f"{named(self.task)}: the first step put new parameters into its model, {some(new)}, which the "
+                "optimizer does not have. Make them in __init__, and change their numbers in place (copy_ under "
+                "torch.no_grad())"
+            )
 
     def _without_gradient(self) -> TaskError:
         return TaskError(
