@@ -120,7 +120,8 @@ class Shampoo(MatrixOptimizer):
 
     Raises:
         InputError: as `gramian.optim.shell.MatrixOptimizer`.
-    Cost: per step and side of size k, `4 m n k` operations; every `refresh` steps an inverse root.
+    Cost: per step and side of size k, `4 m n k` operations, on a CPU half of them in float64, as the moments are; every
+        `refresh` steps an inverse root.
     Source: Gupta, Koren, Singer, Shampoo (1802.09568), algorithm 1; running means: Shi et al. (2309.06497).
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
