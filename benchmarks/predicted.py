@@ -2,7 +2,8 @@
 
 `python benchmarks/predicted.py [lstm transformer convolutions gpt2 …]`: each model is trained for some hundred steps
 and calibrated on its training data. Some of the batches that were held out are given to `gm.compress`, others tell the
-true rise. The first four were looked at while the estimator was written; those of `predicted_cases.py` were not.
+true rise. The first four were looked at while the estimator was written; those of `predicted_cases.py` and
+`predicted_later.py` were not.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import gramian as gm
 from gramian.bench.learning_data import ShiftedDigits, text
 from gramian.bench.learning_networks import Recurrent, Transformer, convolutional
 from predicted_cases import FRESH, Case, trained
+from predicted_later import LATER
 
 CONTEXT = 64
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
 STEPS = {"lstm": 300, "transformer": 400, "convolutions": 120, "gpt2": 300}
+FROZEN = FRESH | LATER
 
 
 class GPT2(nn.Module):
@@ -84,8 +87,8 @@ def rises(model: nn.Module, small: nn.Module, objective: gm.Objective, batches: 
 
 def main(names: list[str]) -> None:
     within, covered, known = [0, 0], [0, 0], [0, 0]
-    for name in names or [*STEPS, *FRESH]:
-        model, objective, given, held_out, fresh = FRESH[name]() if name in FRESH else case(name)
+    for name in names or [*STEPS, *FROZEN]:
+        model, objective, given, held_out, fresh = FROZEN[name]() if name in FROZEN else case(name)
         plain = gm.compress(model, given, objective, of="factorable", keep=0.9)
         told = gm.compress(model, given, objective, held_out=held_out, of="factorable", keep=0.9)
         print(f"{name}\n| removed | rise | without | with held_out |\n|-|-|-|-|")
@@ -104,7 +107,7 @@ def main(names: list[str]) -> None:
                     f"{'' if covers else ', not covered'}"
                 )
             print(f"| {removed:.0%} | {rise:.5f} ±{noise:.5f} | {' | '.join(cells)} |", flush=True)
-    num = len(SHARES) * len(names or [*STEPS, *FRESH])
+    num = len(SHARES) * len(names or [*STEPS, *FROZEN])
     for what, i in (("without", 0), ("with held_out", 1)):
         print(f"{what}: {covered[i]} of {num} covered, {within[i]} of the {known[i]} known to 20 % within 20 %")
 
