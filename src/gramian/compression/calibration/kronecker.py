@@ -29,8 +29,8 @@ def joined(rows: Sequence[Roots], columns: Sequence[Roots]) -> tuple[Roots, Root
     Source: `nearest_kronecker`.
 
     >>> one = Roots(torch.ones(2), torch.ones(2))
-    >>> found, _ = joined([one, one], [one, one])
-    >>> found.root.square().round(decimals=4)  # as large as the sum, on the side of the rows
+    >>> of_rows, of_columns = joined([one, one], [one, one])
+    >>> (of_rows.root * of_columns.root).square().round(decimals=4)  # 1 · 1 + 1 · 1
     tensor([2., 2.], dtype=torch.float64)
     """
     of_rows, of_columns = nearest_kronecker([_square(one) for one in rows], [_square(one) for one in columns])
