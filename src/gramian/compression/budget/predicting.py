@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gramian.calls import prepared
+from gramian.compression.budget.optimism import Kept, kept_on_new_data
 from gramian.compression.calibration.calibrating import Measure
 from gramian.recording import evaluating
 from gramian.recording.failing import naming_the_layer
@@ -29,6 +30,8 @@ training data by heart; see docs/compress.md."""
 
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 """Shares of the layers that can be factored, at whose removal the rise of the loss is measured."""
+MIDDLE = 0.4
+"""The share removed at which it is asked what new data show of a rise; it is much the same for others."""
 MEASURED_BITS = (4, 8)
 """Bits at which the rise is measured too; what other bits and zeros cost follows from these, if it is no more."""
 LEAST_BITS = 2
@@ -106,7 +109,10 @@ def losses_of(model: nn.Module, measure: Measure) -> list[tuple[float, float]]:
 
 
 def measured_points(
-    model: nn.Module, measure: Measure, plans: Iterable[tuple[float, Callable[[], nn.Module], bool]]
+    model: nn.Module,
+    measure: Measure,
+    plans: Iterable[tuple[float, Callable[[], nn.Module], bool]],
+    kept: Kept | None = None,
 ) -> tuple[Point, ...]:
     """The rises of the loss of smaller models, on as many batches as it takes to know each of them well.
 
@@ -118,6 +124,7 @@ def measured_points(
         model: the one that they were made of.
         measure: the batches, which are asked in an order drawn once, and the loss.
         plans: of each smaller model the second-order estimate, a function that makes it, and whether ranks were cut.
+        kept: the share of what labels add that is there on new data; without it the points are those of these data.
 
     Returns:
         As many points.
@@ -141,8 +148,17 @@ def measured_points(
                 if len(after) >= LEAST and point.error <= PRECISE * abs(point.rise):
                     break
             seen = asked[len(apart) : len(after)]
-            found.append(point if measure.new else _parted(point, model, small, (apart, seen)))
+            found.append(point if measure.new else _on_new_data(_parted(point, model, small, (apart, seen)), kept))
     return tuple(found)
+
+
+def _on_new_data(point: Point, kept: Kept | None) -> Point:
+    """A point of training data as one of new data: with as much of what labels add as is there."""
+    if kept is None or point.divergence is None:
+        return point
+    labels = point.rise - point.divergence
+    error = math.hypot(kept.share * point.error, labels * kept.error)
+    return point._replace(rise=point.divergence + kept.share * labels, error=error, divergence=None)
 
 
 def _drawn(batches: Sequence[Any]) -> list[Any]:
@@ -190,12 +206,14 @@ class Rises:
         rounded: those of rounded weights, likewise.
         measure: on what; `None` where no more can be measured, as in a plan from a file.
         beyond: those of single plans beyond all others, each for that plan alone while more can be measured.
+        kept: the share of what labels add to the rise of cut ranks that is there on new data, where it is known.
     """
 
     cut: tuple[Point, ...] | None = ()
     rounded: tuple[Point, ...] | None = ()
     measure: Measure | None = None
     beyond: tuple[Point, ...] = ()
+    kept: Kept | None = None
 
     def of(self, plan: Any, cut: bool) -> tuple[Point, ...]:
         """The points of one kind.
@@ -242,8 +260,13 @@ class Rises:
 
     def _measured(self, parts: Sequence[Any], cut: bool) -> tuple[Point, ...]:
         assert self.measure is not None
+        if not parts:
+            return ()
+        if cut and self.kept is None and self.measure.trained_on is not None:
+            middle = max(1 - MIDDLE, _smallest(parts[0]).keep)
+            self.kept = kept_on_new_data(parts[0].at(keep=middle, of="factorable"), self.measure)
         asked = [(part.predicted_loss, part.apply, cut) for part in parts]
-        return measured_points(parts[0].model, self.measure, asked) if parts else ()
+        return measured_points(parts[0].model, self.measure, asked, self.kept if cut else None)
 
 
 def _smallest(plan: Any) -> Any:
