@@ -44,33 +44,40 @@ class Kept(NamedTuple):
     error: float
 
 
-def kept_on_new_data(plan: Any, measure: Measure) -> Kept | None:
-    """The share of the label part of a rise that new data show, from the gradients of folds of training data.
+def kept_on_new_data(plans: Sequence[Any], measure: Measure) -> list[Kept | None]:
+    """The share of the label part of each plan's rise that new data show, from the gradients of folds of training data.
 
     Args:
-        plan: of ranks, somewhere in the middle of those that are asked for.
+        plans: of ranks, of one model.
         measure: batches that the model was trained on, and how many samples there were in all.
 
     Returns:
-        `‖Qḡ‖² / (‖Qḡ‖² + tr(QΣ)/N)` with a jackknife interval; `None` where there are fewer than FOLDS batches, or no
-        layer is cut whose weight is a parameter.
+        For each plan `‖Qḡ‖² / (‖Qḡ‖² + tr(QΣ)/N)` with a jackknife interval; `None` where there are fewer than FOLDS
+        batches, or no layer is cut whose weight is a parameter.
 
     Raises: as the objective.
-    Cost: a backward pass of each batch, two QR decompositions for each layer, and FOLDS gradients in memory.
+    Cost: a backward pass of each batch, and FOLDS gradients in memory; for each plan two QR decompositions for each
+    layer, and two products for each fold.
     Source: this library's own; for a loss to second order it is the optimism of AIC and TIC (Takeuchi 1976) along what
     is cut, with the response of a training that has not converged, which the rise itself tells.
     """
     batches = [*measure.batches, *measure.more]
-    bases = _bases(plan)
-    if len(batches) < FOLDS or not bases or measure.trained_on is None:
-        return None
+    if len(batches) < FOLDS or measure.trained_on is None or not plans:
+        return [None] * len(plans)
+    model = plans[0].model
+    layers = {s.name: submodule(model, s.name) for s in plans[0].spectra}
+    layers = {name: layer for name, layer in layers.items() if layer._parameters.get("weight") is not None}
     folds = [batches[i::FOLDS] for i in range(FOLDS)]
-    gradients = torch.stack([_gradient(plan.model, fold, measure, bases) for fold in folds])
-    products = (gradients @ gradients.mT).double()
+    gradients = [_gradient(model, layers, fold, measure) for fold in folds]
     sizes = [sum(num_samples(batch) for batch in fold) for fold in folds]
-    whole, *others = (
-        _share(products, sizes, [i for i in range(FOLDS) if i != left], measure.trained_on) for left in range(-1, FOLDS)
-    )
+    return [_kept(_along(plan, gradients), sizes, measure.trained_on) for plan in plans]
+
+
+def _kept(along: Tensor | None, sizes: Sequence[int], num: int) -> Kept | None:
+    if along is None:
+        return None
+    products = (along @ along.mT).double()
+    whole, *others = (_share(products, sizes, [i for i in range(FOLDS) if i != left], num) for left in range(-1, FOLDS))
     mean = sum(others) / FOLDS
     error = STUDENT * math.sqrt((FOLDS - 1) / FOLDS * sum((one - mean) ** 2 for one in others))
     return Kept(whole, error) if math.isfinite(whole + error) else None
@@ -86,25 +93,29 @@ def _share(products: Tensor, sizes: Sequence[int], chosen: Sequence[int], num: i
     return signal / whole if whole > 0 else math.nan
 
 
-def _bases(plan: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each layer that is cut, orthonormal bases of the outputs and the inputs along which it loses something."""
-    found = {}
+def _along(plan: Any, gradients: Sequence[dict[str, Tensor]]) -> Tensor | None:
+    """Gradients along the outputs and the inputs where layers lose something, each as one vector: (folds, numbers).
+
+    Of a layer's longer side these are as many as the shorter one has, chosen by what the layer has learned, noise
+    included: of a layer that has learned nothing else, the share is then found too large. With all of that side's other
+    directions, most of them some along which the layer has nothing, that of trained networks came out far too small.
+    """
+    found = []
     for s in plan.spectra:
         rank = plan.forms[s.name].rank
-        if rank is not None and submodule(plan.model, s.name)._parameters.get("weight") is not None:
-            left, right = s.left[:, rank:].float(), s.right[rank:].float()
-            found[s.name] = torch.linalg.qr(left).Q, torch.linalg.qr(right.mT).Q
-    return found
+        if rank is not None and s.name in gradients[0]:
+            left, right = (torch.linalg.qr(side).Q for side in (s.left[:, rank:].float(), s.right[rank:].mT.float()))
+            found.append(torch.stack([(left.mT @ each[s.name] @ right).flatten() for each in gradients]))
+    return torch.cat(found, 1) if found else None
 
 
 def _gradient(
-    model: nn.Module, batches: Sequence[Any], measure: Measure, bases: dict[str, tuple[Tensor, Tensor]]
-) -> Tensor:
-    """The mean gradient of some batches along what is cut, as one vector."""
-    layers = [submodule(model, name) for name in bases]
-    weights = [layer.get_parameter("weight") for layer in layers]
+    model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Any], measure: Measure
+) -> dict[str, Tensor]:
+    """The mean gradient of some batches by each layer's matrix."""
+    weights = [layer.get_parameter("weight") for layer in layers.values()]
     frozen = [weight for weight in weights if not weight.requires_grad]
-    sums: list[Tensor] = [torch.zeros_like(matrix_of(layer), dtype=torch.float32) for layer in layers]
+    sums = {name: torch.zeros_like(matrix_of(layer), dtype=torch.float32) for name, layer in layers.items()}
     total = 0.0
     try:
         for weight in frozen:
@@ -114,13 +125,12 @@ def _gradient(
                 loss, units = measure.objective.loss(model, prepared(model, batch), empty=True)
                 total += float(units)
                 grads = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else ()
-                for summed, layer, grad in zip(sums, layers, grads, strict=False):
+                for (name, layer), grad in zip(layers.items(), grads, strict=False):
                     layout = layout_of(layer)
                     if grad is not None and layout is not None:
                         grad = grad.to_dense() if grad.is_sparse else grad
-                        summed += layout.split(grad.float()).reshape(summed.shape)
+                        sums[name] += layout.split(grad.float()).reshape(sums[name].shape)
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
-    along = [u.mT @ g @ v for g, (u, v) in zip(sums, bases.values(), strict=True)]
-    return torch.cat([one.flatten() for one in along]) / max(total, 1e-300)
+    return {name: one / max(total, 1e-300) for name, one in sums.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,6 @@ training data by heart; see docs/compress.md."""
 
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 """Shares of the layers that can be factored, at whose removal the rise of the loss is measured."""
-MIDDLE = 0.4
-"""The share removed at which it is asked what new data show of a rise; it is much the same for others."""
 MEASURED_BITS = (4, 8)
 """Bits at which the rise is measured too; what other bits and zeros cost follows from these, if it is no more."""
 LEAST_BITS = 2
@@ -112,7 +111,7 @@ def measured_points(
     model: nn.Module,
     measure: Measure,
     plans: Iterable[tuple[float, Callable[[], nn.Module], bool]],
-    kept: Kept | None = None,
+    kept: Sequence[Kept | None] = (),
 ) -> tuple[Point, ...]:
     """The rises of the loss of smaller models, on as many batches as it takes to know each of them well.
 
@@ -124,7 +123,7 @@ def measured_points(
         model: the one that they were made of.
         measure: the batches, which are asked in an order drawn once, and the loss.
         plans: of each smaller model the second-order estimate, a function that makes it, and whether ranks were cut.
-        kept: the share of what labels add that is there on new data; without it the points are those of these data.
+        kept: for each the share of what labels add that is there on new data; without it, points tell of these data.
 
     Returns:
         As many points.
@@ -138,7 +137,7 @@ def measured_points(
     before: list[tuple[float, float]] = []
     found = []
     with evaluating(model):  # which may be what the smaller ones are compared with
-        for estimate, make, cut in plans:
+        for (estimate, make, cut), share in itertools.zip_longest(plans, kept):
             small, after = make(), []
             point = Point(estimate, math.nan, math.nan, cut)
             for one in asked:
@@ -148,17 +147,25 @@ def measured_points(
                 if len(after) >= LEAST and point.error <= PRECISE * abs(point.rise):
                     break
             seen = asked[len(apart) : len(after)]
-            found.append(point if measure.new else _on_new_data(_parted(point, model, small, (apart, seen)), kept))
+            found.append(point if measure.new else _on_new_data(_parted(point, model, small, (apart, seen)), share))
     return tuple(found)
 
 
 def _on_new_data(point: Point, kept: Kept | None) -> Point:
-    """A point of training data as one of new data: with as much of what labels add as is there."""
-    if kept is None or point.divergence is None:
+    """A point of training data as one of new data: with as much of what labels add as is there.
+
+    That is at least minus twice the divergence, as where a layer has learned nothing but noise and all of it is cut.
+    More of it is there than the share says where training has nearly converged along what is cut: by the share of the
+    way that is left, which for a loss to second order is `labels / (labels + 2 divergence)`.
+    """
+    if kept is None or point.divergence is None or point.rise <= point.divergence:
         return point
-    labels = point.rise - point.divergence
-    error = math.hypot(kept.share * point.error, labels * kept.error)
-    return point._replace(rise=point.divergence + kept.share * labels, error=error, divergence=None)
+    moved, labels = point.divergence, point.rise - point.divergence
+    least, left = -2 * moved, labels / (labels + 2 * max(moved, 0.0))
+    most = 1 - left * (1 - min(kept.share + kept.error, 1.0))
+    low, rise, high = (max(least, share * labels) for share in (kept.share - kept.error, kept.share, most))
+    error = math.hypot(rise / labels * point.error, max(high - rise, rise - low))
+    return point._replace(rise=moved + rise, error=error, divergence=None)
 
 
 def _drawn(batches: Sequence[Any]) -> list[Any]:
@@ -206,14 +213,12 @@ class Rises:
         rounded: those of rounded weights, likewise.
         measure: on what; `None` where no more can be measured, as in a plan from a file.
         beyond: those of single plans beyond all others, each for that plan alone while more can be measured.
-        kept: the share of what labels add to the rise of cut ranks that is there on new data, where it is known.
     """
 
     cut: tuple[Point, ...] | None = ()
     rounded: tuple[Point, ...] | None = ()
     measure: Measure | None = None
     beyond: tuple[Point, ...] = ()
-    kept: Kept | None = None
 
     def of(self, plan: Any, cut: bool) -> tuple[Point, ...]:
         """The points of one kind.
@@ -262,11 +267,10 @@ class Rises:
         assert self.measure is not None
         if not parts:
             return ()
-        if cut and self.kept is None and self.measure.trained_on is not None:
-            middle = max(1 - MIDDLE, _smallest(parts[0]).keep)
-            self.kept = kept_on_new_data(parts[0].at(keep=middle, of="factorable"), self.measure)
         asked = [(part.predicted_loss, part.apply, cut) for part in parts]
-        return measured_points(parts[0].model, self.measure, asked, self.kept if cut else None)
+        return measured_points(
+            parts[0].model, self.measure, asked, kept_on_new_data(parts, self.measure) if cut else ()
+        )
 
 
 def _smallest(plan: Any) -> Any:
