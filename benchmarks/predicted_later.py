@@ -88,10 +88,10 @@ def bert() -> Case:
         tokens.scatter_(1, places, words[labels])
         return tokens, torch.where(wrong, torch.randint(6, (num,), generator=g), labels)
 
-    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_labels": 6}
     more: dict[str, Any] = {"num_attention_heads": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     torch.manual_seed(22)
-    net = Scores(BertForSequenceClassification(BertConfig(vocab_size=24, num_labels=6, **sizes, **more)))
+    net = Scores(BertForSequenceClassification(BertConfig(vocab_size=24, **sizes, **more)))
     g, sets = torch.Generator().manual_seed(22), [draw(num, 40 + num) for num in (4000, 1600, 8000)]
     return _epochs(net, gm.Objective.classification(), sets, 6, g, 2e-3)
 
