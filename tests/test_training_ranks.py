@@ -413,6 +413,7 @@ def test_ranks_agree_to_skip_a_step(row: int) -> None:
 FAULTY = """
 import os, signal, sys, time
 from datetime import timedelta
+from pathlib import Path
 import torch, torch.distributed as dist
 from torch import nn
 import gramian as gm
@@ -436,9 +437,13 @@ class Net(nn.Linear):
         return super().forward(x)
 def net():
     if how == "is gone, and a signal comes":  # torchrun's, while the others do something else
+        note = Path(sys.argv[2] + ".gone")
         if rank == 1:
+            note.with_suffix(".new").write_text(str(os.getpid()))
+            note.with_suffix(".new").rename(note)
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(2)
+        while not note.exists() or Path(f"/proc/{note.read_text()}/stat").read_text().rpartition(")")[2][1] != "Z":
+            time.sleep(0.05)
         raise SystemExit(143)
     return Net(4, 2)
 task = gm.Task(net, gm.Objective.classification(), lambda e, g: [(x, y)] * 9, lambda model: {"one": 1.0})

@@ -56,10 +56,10 @@ LN2, LN2_LOW = math.log(2), 2.3190468138462996e-17
 @lru_cache
 def gauss_legendre(order: int = ORDER) -> list[tuple[float, float]]:
     """Nodes and weights on (0, 1), with which Σ w Y(I + xY)⁻¹ is the Padé approximant of log(I + Y)."""
-    off = torch.arange(1, order, dtype=torch.float64)
-    off = off / (4 * off**2 - 1).sqrt()
-    x, v = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return list(zip(((x + 1) / 2).tolist(), v[0].square().tolist(), strict=True))
+    from numpy.polynomial.legendre import leggauss  # not by torch, whose transforms would take part in it
+
+    x, w = leggauss(order)
+    return list(zip(((x + 1) / 2).tolist(), (w / 2).tolist(), strict=True))
 
 
 class Stage(NamedTuple):

@@ -76,11 +76,7 @@ def compared_rows(asked: Asked) -> Rows | None:
                 again = _moved(replay, t, SAMPLES[1])[i]
                 if again is not None and _are_alike(again):
                     return Rows("all", one.name, (len(t), len(out)), shapes)
-            if (
-                t.numel() == len(t)
-                and bool(moved.reshape(len(moved), -1).any(1).all())
-                and _is_in_any_order(replay, i, t)
-            ):
+            if t.numel() == len(t) and _are_all_moved(moved) and _is_in_any_order(replay, i, t):
                 return Rows("all", one.name, (len(t), len(out)), shapes)
             other = _alone(moved, SAMPLES[0])
             if other is not None:
@@ -123,6 +119,7 @@ def _moved(replay: Replay, t: Tensor, sample: int) -> list[Tensor | None]:
 
 
 def _are_all_moved(moved: Tensor) -> bool:
+    """Whether no row stays."""
     return bool(moved.reshape(len(moved), -1).any(1).all())
 
 
