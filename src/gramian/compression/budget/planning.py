@@ -128,6 +128,8 @@ def compress(
         given = batches if stats is None else stats
         if given is None or isinstance(given, Statistics) or objective is None:
             raise InputError("compress: a folder needs batches and an objective: compress(folder, batches, objective)")
+        if trained_on is not None:
+            raise InputError("compress: trained_on is for plan.predicted, which needs the model in memory")
         options: dict[str, Any] = {"held_out": held_out, "keep": keep, "of": of, "include": include, "exclude": exclude}
         options |= {"memory": memory, "scratch": scratch, "progress": progress}
         return compress_shards(model, given, objective, **options)
