@@ -32,6 +32,7 @@ from gramian.cli.common import with_task
 from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
 from gramian.optim import OPTIMIZERS
 from gramian.training import folder, running
+from gramian.training.stream import checksum
 from runs import Stop, stopping
 
 X = torch.randn(112, 6, generator=seeded(0))
@@ -158,6 +159,38 @@ def drawn_all_at_once(epoch: int, generator: torch.Generator):
 @pytest.mark.parametrize("budget", [{"steps": 20}, {"epochs": 3}], ids=str)
 def test_every_way_to_shuffle_goes_on_exactly(often, tmp_path, loader, budget: dict) -> None:
     stop_and_go_on(tmp_path, [4, 10], task=lambda: task(train_batches=loader), optimizer="adamw", **budget)
+
+
+class Opened(nn.Module):
+    """Sparse rows as they are; others as plain ones, with zeros where they are short."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to_padded_tensor(0.0) if x.is_nested else x.to_dense() if x.is_mkldnn else x
+
+
+FORMS = {
+    "coo": Tensor.to_sparse,
+    "csr": Tensor.to_sparse_csr,
+    "nested": lambda x: torch.nested.nested_tensor([row[: 6 - i % 3] for i, row in enumerate(x)]),
+    "jagged": lambda x: torch.nested.nested_tensor([row[: 6 - i % 3] for i, row in enumerate(x)], layout=torch.jagged),
+    "mkldnn": Tensor.to_mkldnn,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_of_any_form_go_on_exactly(often, tmp_path, form: str) -> None:
+    """Also where the last batch of a checkpoint is such a one, whose checksum is kept."""
+
+    def of_this_form(epoch: int, generator: torch.Generator):
+        return ((FORMS[form](x.relu()), y) for x, y in batches(epoch, generator))
+
+    one, same, other = (checksum(FORMS[form](x)) for x in (X, X.clone(), X + (torch.arange(112) == 111)[:, None]))
+    assert one == same != other
+    made = task(
+        model=lambda: nn.Sequential(Opened(), nn.Linear(6, 2)), train_batches=of_this_form, evaluate=lambda model: {}
+    )
+    stop_and_go_on(tmp_path, [3], task=lambda: made, optimizer="adamw", steps=8)
 
 
 def test_batches_that_cannot_be_drawn_again_are_reported(often, tmp_path) -> None:

@@ -154,6 +154,8 @@ def checksum(batch: Any) -> int:
     """Return a checksum of a batch's tensors: of the entries of sparse ones, of the parts of nested ones."""
     if isinstance(batch, Tensor) and batch.is_nested:
         return checksum(batch.unbind())
+    if isinstance(batch, Tensor) and batch.is_mkldnn:
+        return checksum(batch.to_dense())
     if isinstance(batch, Tensor) and batch.layout is not torch.strided:
         entries = batch.detach().to_sparse().coalesce()
         return checksum([entries.indices(), entries.values()])
