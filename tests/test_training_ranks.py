@@ -23,9 +23,9 @@ from distributed import run_on_ranks
 from gramian import placement
 from gramian.checkpoint import load_tensors
 from gramian.cli import main
-from gramian.errors import GramianError, GramianWarning
+from gramian.errors import GramianError, GramianWarning, UnsupportedError
 from gramian.optim import OPTIMIZERS
-from gramian.training import folder
+from gramian.training import agreement, folder
 
 X = torch.randn(70, 6, generator=seeded(0), dtype=torch.float64)
 Y = (X[:, 0] > 0).long()
@@ -522,3 +522,13 @@ def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
     assert main(["train", *common, str(tmp_path / "one"), "--quiet"]) == 0
     one, two = (load_tensors(tmp_path / name / folder.MODEL)[0] for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
+
+
+def test_sparse_and_nested_batches_are_refused_by_ranks(monkeypatch) -> None:
+    """Of which torch slices no rows; one process takes them."""
+    monkeypatch.setattr(placement, "is_distributed", lambda: True)
+    jagged = torch.nested.nested_tensor([row[: 6 - i % 3] for i, row in enumerate(X)], layout=torch.jagged)
+    for x in (X.to_sparse(), jagged):
+        with pytest.raises(UnsupportedError, match="sparse or nested"):
+            agreement.check_rows(net(), (x, Y))
+    agreement.check_rows(net(), (X, Y))

@@ -156,8 +156,13 @@ def check_rows(model: nn.Module, batch: Any) -> None:
     """Raise where a batch has no rows that ranks can divide."""
     if not placement.is_distributed():
         return
-    counts = {len(t) if t.ndim else 0 for t in tensors(batch)}
     num_ranks = placement.world().size
+    if any(t.is_nested or t.layout is not torch.strided for t in tensors(batch)):
+        raise UnsupportedError(
+            f"train: {num_ranks} ranks divide a batch by rows, and of a sparse or nested tensor torch takes no rows. "
+            "Make it such in the model's forward, or train in one process"
+        )
+    counts = {len(t) if t.ndim else 0 for t in tensors(batch)}
     if len(counts) != 1 or min(counts) < 1:
         raise UnsupportedError(
             f"train: {num_ranks} ranks divide a batch by rows, but its tensors have {sorted(counts)} rows. Put the "
