@@ -152,9 +152,9 @@ def _unrelated(context: Context, tensors: dict[str, Tensor], joins: dict[str, Jo
         )  # fmt: skip
     if not taken:
         return None
-    if len(taken) > 1 and any(not tensors[n].is_floating_point() for n in taken if n not in labels):
-        return None  # choices, of which something came that may be chance as yet
     own = [n for n in taken if n in context.probes.labels]  # each is all that its output is compared with
+    if len(taken) > 1 and any(not tensors[n].is_floating_point() for n in taken if n not in (*labels, *own)):
+        return None  # choices, of which something came that may be chance as yet
     unseen = taken if all(joins[n].is_unseen for n in taken) else [n for n in own if joins[n].is_unseen]
     if unseen:
         if not all(_would_see(tensors[name], inputs) for name in unseen):
