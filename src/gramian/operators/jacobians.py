@@ -88,8 +88,7 @@ def try_jacobian(
             return NoJacobian(f"it is too large, {m} × {n} for each sample")
         if _mixes(start, end):
             return NoJacobian(
-                f"what {first.name} puts out for several rows reaches one row of {last.name}: these are steps of time, "
-                "say, and no samples"
+                f"what {first.name} puts out for several rows reaches one row of {last.name}: {_why_mixed(model)}"
             )
         jacobian, copy = [], torch.arange(len(end), device=end.device) % copies
         for k in range(0, m, copies):
@@ -98,6 +97,15 @@ def try_jacobian(
             (rows,) = torch.autograd.grad(end, start, v[:, :m].reshape(end.shape), retain_graph=k + copies < m)
             jacobian.append(rows.reshape(-1, copies, n))
         return torch.cat(jacobian, dim=1)[:, :m]
+
+
+def _why_mixed(model: nn.Module) -> str:
+    """Why no row is one sample's from end to end, where the model runs in evaluation mode."""
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [n for n, m in model.named_modules() if isinstance(m, kind) and m.running_mean is None]
+    if norms:
+        return f"batch norms, {norms[0] or 'the model'} first, use the statistics of the batch, as they do in training"
+    return "rows are steps of time or nodes of a graph, say, and no samples, or the model mixes samples"
 
 
 def _mixes(start: Tensor, end: Tensor) -> bool:

@@ -21,6 +21,7 @@ from gramian.inspection.causes.likelihoods import RULES as LIKELIHOODS
 from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.masks import RULES as MASKS
 from gramian.inspection.causes.modules import RULES as MODULES
+from gramian.inspection.causes.norm_sizes import RULES as NORM_SIZES
 from gramian.inspection.causes.norms import RULES as NORMS
 from gramian.inspection.causes.outputs import RULES as OUTPUTS
 from gramian.inspection.causes.pairs import RULES as PAIRS
@@ -39,5 +40,5 @@ __all__ = ["CAUSES", "Context", "ordered"]
 CAUSES = (
     *INPUTS, *JOINED, *DATA, *LABELS, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *OUTPUTS, *PAIRS,
     *PROBED, *ARGUMENTS, *LEAKS, *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *MASKS,
-    *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
+    *MODULES, *GATES, *NORMS, *NORM_SIZES, *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -258,7 +258,7 @@ class Context:
 
     @cached_property
     def beside_labels(self) -> list[str]:
-        """What only the loss takes beside the labels, so that these may depend on it, as a choice on what came of it."""
+        """What only the loss takes beside the labels, on which these may depend."""
         labels = self.given_labels[0] if self.given_labels else None
         others = [g for g in self.given if not g.is_input and not g.is_label and g.values[0] is not labels]
         return [g.name for g in others] if self.given_is_known else []

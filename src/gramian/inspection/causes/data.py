@@ -107,7 +107,7 @@ def labels(context: Context) -> Iterator[Finding]:
     if not context.are_compared:
         beside = context.beside_labels
         context.skipped[DEPENDENCE] = (
-            f"they may depend on {some(beside)}, which the loss takes beside them for the same output"
+            f"the loss takes {some(beside)} too, on which they may depend"
             if beside
             else "no loss of torch is seen to take the labels"
         )

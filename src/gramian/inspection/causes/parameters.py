@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 
 from torch import Tensor, nn
@@ -180,14 +180,15 @@ def scale(context: Context) -> Iterator[Finding]:
     sized = _sized(context)
     if not sized:
         return
-    hidden = [s for b, s in sized if b.role == "hidden"] or [s for _, s in sized]
+    hidden = _by_layer((b, s) for b, s in sized if b.role == "hidden") or _by_layer(sized)
+    every = _by_layer(sized)
     middle = median(hidden)
-    if (len(sized) == 2 or len(hidden) == 2) and max(hidden) > LARGEST:  # the other of two says what is usual
-        middle = min(hidden if len(hidden) == 2 else (s for _, s in sized))
+    if (len(every) == 2 or len(hidden) == 2) and max(hidden) > LARGEST:  # the other of two says what is usual
+        middle = min(hidden if len(hidden) == 2 else every)
     told = [
-        (b, s) for b, s in sized if len(sized) >= FEW_LAYERS or s > LARGEST > middle if _is_odd(context, b, s, middle)
+        (b, s) for b, s in sized if len(every) >= FEW_LAYERS or s > LARGEST > middle if _is_odd(context, b, s, middle)
     ]
-    if told and len(told) < max(FEW_LAYERS, len(sized) // 3):
+    if told and len(_by_layer(told)) < max(FEW_LAYERS, len(every) // 3):
         yield _one_layer(told, middle, context.observed.added)
     if len(told) != 1 and (len(hidden) >= 2 or any(map(_cell_of, (b for b, _ in sized)))):
         yield from _all_layers(context, hidden, middle)
@@ -217,6 +218,14 @@ def _sized(context: Context) -> list[tuple[Block, float]]:
                 cells[cell] = len(found)
             found.append((block, size))
     return found
+
+
+def _by_layer(sized: Iterable[tuple[Block, float]]) -> list[float]:
+    """The sizes, with one for each recurrent module: its directions and layers were drawn in one way."""
+    found: dict[str, list[float]] = {}
+    for block, size in sized:
+        found.setdefault(block.name.rpartition(".")[0] if _cell_of(block) else block.name, []).append(size)
+    return [median(sizes) for sizes in found.values()]
 
 
 def _cell_of(block: Block) -> str:

@@ -12,7 +12,7 @@ EQUAL = 1e-6
 
 
 def are_constant(asked: Asked) -> bool:
-    """Whether all samples get the same outputs in evaluation mode: in training mode dropout, behind what is shut, differs.
+    """Whether all samples get the same outputs in evaluation mode, in which dropout behind what is shut adds nothing.
 
     Args:
         asked: the model, left as it was, and its loss.
