@@ -31,6 +31,7 @@ from gramian.inspection.causes.probed import RULES as PROBED
 from gramian.inspection.causes.profiles import RULES as PROFILES
 from gramian.inspection.causes.reach import RULES as REACH
 from gramian.inspection.causes.reshapes import RULES as RESHAPES
+from gramian.inspection.causes.scale_free import RULES as SCALE_FREE
 from gramian.inspection.causes.stepping import RULES as STEPPING
 from gramian.inspection.causes.supervised import RULES as SUPERVISED
 from gramian.inspection.causes.zeroed import RULES as ZEROED
@@ -39,6 +40,6 @@ __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
     *INPUTS, *JOINED, *DATA, *LABELS, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *OUTPUTS, *PAIRS,
-    *PROBED, *ARGUMENTS, *LEAKS, *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *MASKS,
-    *MODULES, *GATES, *NORMS, *NORM_SIZES, *PRECISION, *STEPPING,
+    *PROBED, *ARGUMENTS, *LEAKS, *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *SCALE_FREE,
+    *MASKS, *MODULES, *GATES, *NORMS, *NORM_SIZES, *PRECISION, *STEPPING,
 )  # fmt: skip
