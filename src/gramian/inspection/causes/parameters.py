@@ -33,6 +33,10 @@ USUAL_ADDED = 0.1
 # Layers from which on one of them is told by the others.
 FEW_LAYERS = 3
 
+# Share of a recurrent cell's gates and states at their ends, in some step, from which on its weights are told: torch's
+# follow the number of states, and not that of the inputs, of which many may be zero.
+SATURATED = 0.5
+
 # A loss at the start that is this far above guessing is due to the size of the scores.
 ABOVE = 3.0
 
@@ -201,11 +205,19 @@ def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
     if SMALLEST < size < LARGEST or abs(math.log(size / middle)) <= math.log(RATIO):
         return False
     is_last = block.role == "head" or (context.opening is not None and block.name in context.opening.last)
+    if (
+        size > 1 and cell_of(block) and (ends := _ends(context, block))
+    ):  # its states have no gain, whatever is behind it
+        return max(ends) > SATURATED
     if (size < 1 and is_last) or not context.has_gain(block, size):
         return False
-    if size > 1 and cell_of(block):  # its gates are saturated, whatever is behind it
-        return True
     return not context.is_normed(block) or (size < 1 and context.is_lost_in_norm(block))
+
+
+def _ends(context: Context, block: Block) -> list[float]:
+    """Of a recurrent cell's gates and states with two ends, in each step, the share that is at one."""
+    name, bounded = context.module_of(block.name), ("tanh", "sigmoid")
+    return [a.saturated for a in context.observed.activations if a.name == name and a.function in bounded]
 
 
 def _one_layer(told: list[tuple[Block, float]], middle: float, added: set[str]) -> Finding:
