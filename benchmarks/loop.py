@@ -2,9 +2,10 @@
 
     python benchmarks/loop.py
 
-CPU seconds of one thread, the two loops in turn, the median of the differences and their quartiles; so other processes
-on the machine matter little. Evaluations are not in it. A checkpoint is written by a thread of its own; the loop stops
-while the state is copied. docs/measured/train.md quotes the table.
+CPU seconds of one thread, the loops in turn, the median of the differences and their quartiles; so other processes on
+the machine matter little. A second loop by hand leaves out, as `gm.train` does, what torch puts around `zero_grad` and
+`step` for its profiler: beside it its own parts are seen. Evaluations are not in it. A checkpoint is written by a
+thread of its own; the loop stops while the state is copied. docs/measured/train.md quotes the table.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import gramian as gm
 from gramian.training import folder
+from gramian.training.direct import forget_gradients, step_of
 
 # Width, layers and batch of a network; a step of the last takes about a fifth of a second.
 NETWORKS = {
@@ -47,12 +50,19 @@ def data(width: int, batch: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class ByHand:
-    """A plain loop with AdamW, a warm-up, a linear schedule and the mean of the loss."""
+    """A plain loop with AdamW, a warm-up, a linear schedule and the mean of the loss.
 
-    def __init__(self, width: int, depth: int, batches: list[tuple[Tensor, Tensor]], steps: int) -> None:
+    Where it is `direct`, without torch's entries for its profiler.
+    """
+
+    def __init__(
+        self, width: int, depth: int, batches: list[tuple[Tensor, Tensor]], steps: int, *, direct: bool = False
+    ) -> None:
         self.model, self.batches, self.steps, self.step = made(width, depth), batches, steps, 0
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         self.total = torch.zeros(())
+        self.forget = partial(forget_gradients, self.optimizer) if direct else self.optimizer.zero_grad
+        self.take = step_of(self.optimizer) if direct else self.optimizer.step
 
     def go(self, num: int) -> float:
         """Take some steps; returns the CPU seconds of each."""
@@ -61,21 +71,24 @@ class ByHand:
             for group in self.optimizer.param_groups:
                 group["lr"] = 1e-3 * min(1, (self.step + 1) / 10) * (1 - self.step / self.steps)
             x, y = self.batches[self.step % len(self.batches)]
-            self.optimizer.zero_grad()
+            self.forget()
             loss = nn.functional.cross_entropy(self.model(x), y)
             loss.backward()
-            self.optimizer.step()
+            self.take()
             self.total += loss.detach()
             self.step += 1
         return (time.process_time() - begin) / num
 
 
-def paired(width: int, depth: int, batches: list[tuple[Tensor, Tensor]], num: int) -> list[tuple[float, float]]:
-    """CPU seconds of a step by hand and in `gm.train`, by turns of `num` steps, between the evaluations of one run."""
+def in_turn(width: int, depth: int, batches: list[tuple[Tensor, Tensor]], num: int) -> list[tuple[float, float, float]]:
+    """CPU seconds of a step by hand, by hand and direct, and in `gm.train`, by turns of `num` steps, between the
+    evaluations of one run.
+    """
     steps = gm.training.NUM_EVALUATIONS * num
-    by_hand = ByHand(width, depth, batches, steps)
-    by_hand.go(5)
-    found: list[tuple[float, float]] = []
+    loops = [ByHand(width, depth, batches, steps, direct=direct) for direct in (False, True)]
+    for each in loops:
+        each.go(5)
+    found: list[tuple[float, float, float]] = []
     begin = 0.0
 
     def endless(epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -85,7 +98,7 @@ def paired(width: int, depth: int, batches: list[tuple[Tensor, Tensor]], num: in
         nonlocal begin
         if run.steps % num == 0 and run.steps:  # before an evaluation
             seconds = (time.process_time() - begin) / (num - 1)
-            found.append((by_hand.go(num - 1), seconds))
+            found.append((loops[0].go(num - 1), loops[1].go(num - 1), seconds))
         elif run.steps % num == 1:
             begin = time.process_time()
 
@@ -117,17 +130,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.4, help="CPU seconds of a turn; there are 20 for each")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    columns = "network", "a step by hand, ms", "the loop adds, µs", "a checkpoint stops it, ms"
+    columns = "network", "a step by hand, ms", "the loop adds, µs", "beside a direct one", "a checkpoint stops it, ms"
     print(f"| {' | '.join(columns)} |\n|{'-|' * len(columns)}")
     for name, (width, depth, batch) in NETWORKS.items():
         batches = data(width, batch)
         once = ByHand(width, depth, batches, 10).go(5)
-        turns = paired(width, depth, batches, max(4, min(2000, round(arguments.seconds / once))))
-        plain = statistics.median(hand for hand, _ in turns)
-        added = sorted(train - hand for hand, train in turns)
-        low, middle, high = (1e6 * added[len(added) * k // 4] for k in (1, 2, 3))
-        told = f"{middle:.0f} ({low:.0f} to {high:.0f}): {1e-4 * middle / plain:+.1f} %"
-        print(f"| {name} | {1e3 * plain:.3g} | {told} | {1e3 * stall(width, depth):.2g} |", flush=True)
+        turns = in_turn(width, depth, batches, max(4, min(2000, round(arguments.seconds / once))))
+        plain = statistics.median(hand for hand, _, _ in turns)
+        told = [
+            added([train - hand for hand, _, train in turns], plain),
+            added([train - direct for _, direct, train in turns], plain),
+        ]
+        print(f"| {name} | {1e3 * plain:.3g} | {' | '.join(told)} | {1e3 * stall(width, depth):.2g} |", flush=True)
+
+
+def added(seconds: list[float], plain: float) -> str:
+    """The median and the quartiles in µs, and the share of a step."""
+    low, middle, high = (1e6 * sorted(seconds)[len(seconds) * k // 4] for k in (1, 2, 3))
+    return f"{middle:.0f} ({low:.0f} to {high:.0f}): {1e-4 * middle / plain:+.1f} %"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Development tasks beside those of `gramian bench optim`: small networks, convolutions, raw inputs, a recurrence.
 
+Those of `benchmarks/small_tasks.py`, whose networks are smaller still, run here too.
+
     OMP_NUM_THREADS=1 python benchmarks/near_tasks.py [TASK …]
 
 Equal steps: the geometric mean over three seeds of the held-out number, at each of a grid of half-decades, widened
@@ -27,6 +29,7 @@ from gramian.bench.learning_networks import _Block, _chain
 from gramian.bench.learning_tasks import LEARNING, LearningTask, _fitted, classes
 from gramian.bench.race import Make, costs, grid, held_out
 from gramian.optim import BalancedMuon, Muon
+from small_tasks import SMALL
 
 __all__ = ["NEAR", "TASKS"]
 
@@ -185,7 +188,7 @@ NEAR: dict[str, LearningTask] = {
 SHORT = {"mlp": 240, "autoencoder": 50, "characters": 60, "depthwise": 80, "lstm": 100, "ill-scaled": 320, "recall": 90}
 """Steps for the tasks of the bench's development half."""
 
-TASKS = {name: replace(LEARNING[name], steps=steps) for name, steps in SHORT.items()} | NEAR
+TASKS = {name: replace(LEARNING[name], steps=steps) for name, steps in SHORT.items()} | NEAR | SMALL
 SEEDS = (100, 0, 1)
 QUARTER = 10**0.25
 OURS: dict[str, Make] = {

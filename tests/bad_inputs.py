@@ -108,6 +108,9 @@ FIELDS = {
         "integers": "lambda: nn.ParameterList([nn.Parameter(torch.ones(8, 2).long(), requires_grad=False)])",
         "an embedding": "lambda: nn.Embedding(8, 2)",
         "sparse": "lambda: nn.ParameterList([nn.Parameter(torch.eye(8).to_sparse())])",
+        "a buffer on meta": "lambda: (lambda m: (m.register_buffer('b', torch.ones(3, device='meta')), m)[1])(Net())",
+        "new parameters in a step": "lambda: (lambda m: (m.register_forward_pre_hook("
+        "lambda m, x: setattr(m.body[0], 'weight', nn.Parameter(torch.ones(8, 8)))), m)[1])(Net())",
         "computed": "lambda: (lambda m: (m.body[0]._parameters.update(weight=m.body[0].weight * 1), m)[1])(Net())",
         "no module inside": "type('M', (nn.Module,), {'__init__': lambda self: None})",
         "one output for two classes": "lambda: nn.Linear(8, 1)",

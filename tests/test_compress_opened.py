@@ -101,11 +101,29 @@ def test_what_cannot_be_opened_has_a_reason() -> None:
     assert "core.out_proj" in plan.ranks
 
 
-def test_projections_of_another_sequence_stay_with_the_reason() -> None:
-    class Crossing(Attending):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.core(x, x.flip(1), x.flip(1))[0]
+class Crossing(nn.Module):
+    """Queries from one stream, keys and values from another whose numbers lie along other directions."""
 
-    plan = gm.compress(Crossing(), list(torch.randn(64, 5, 16).split(16)), DISTILL, keep=0.9)
-    assert list(plan.ranks) == ["core.out_proj"]
-    assert "inputs of their own, as in attention to another sequence" in plan.reasons["core.in_proj"]
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = (x[..., 16:] * torch.logspace(0, -3, 16)).flip(1)
+        return self.core(x[..., :16] * torch.logspace(-3, 0, 16), other, other)[0]
+
+
+def test_projections_of_another_sequence_are_weighted_by_the_inputs_of_each_part(tmp_path) -> None:
+    torch.manual_seed(0)
+    model, batches = Crossing().eval(), list(torch.randn(128, 5, 32).split(16))
+    plan = gm.compress(model, batches, DISTILL, include=["core.in_proj"], of="factorable", keep=0.6)
+    small, rank, x = plan.apply(), plan.ranks["core.in_proj"], torch.randn(128, 5, 32)
+    assert rank is not None
+    gm.save_compressed(small, tmp_path / "small.safetensors")
+    plain = copy.deepcopy(model)
+    u, s, vt = torch.linalg.svd(plain.core.in_proj_weight.detach())
+    with torch.no_grad():
+        assert torch.equal(gm.load_compressed(Crossing().eval(), tmp_path / "small.safetensors")(x), small(x))
+        plain.core.in_proj_weight.copy_(u[:, :rank] * s[:rank] @ vt[:rank])
+        off, off_plain = ((other(x) - model(x)).square().mean() for other in (small, plain))
+    assert off < 0.1 * off_plain

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.compression import LowRank, Plan, compress
 from gramian.compression.calibration.calibrating import Calibration
+from gramian.compression.calibration.kronecker import nearest_kronecker
 from gramian.compression.calibration.targets import targets
-from gramian.compression.calibration.weighting import counted, nearest_kronecker, weighting
+from gramian.compression.calibration.weighting import counted, weighting
 from gramian.compression.layers.lowrank import matrix_of
 from gramian.gram import DiagonalGram
 

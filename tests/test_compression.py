@@ -22,8 +22,8 @@ from gramian.compression import (
     load_compressed,
     save_compressed,
 )
+from gramian.compression.calibration.parts import output_roots
 from gramian.compression.calibration.shrinkage import FLOOR, roots, shrunk_mean
-from gramian.compression.calibration.weighting import _output_roots
 from gramian.errors import CheckpointError, GramianWarning, InputError
 from gramian.site import Site
 from kernels import Operations
@@ -288,7 +288,7 @@ def test_a_fused_projection_is_factored_whole_with_a_gradient_moment_for_each_pa
     # The roots of the parts' moments lie where their outputs are; head 0's query comes first, then its key or its rest.
     block = next(b for b in gm.blocks(model).blocks if b.name == f"{name}.weight")
     parts = roots(stats[f"{name}.weight"].G, 1e3).root
-    root = _output_roots(block, stats[f"{name}.weight"].G, 1e3, block.module).root
+    root = output_roots(block, stats[f"{name}.weight"].G, 1e3, block.module).root
     rows = {"q": [*range(8), *range(24, 32)], "k": [*range(8, 16), *range(32, 40)]} if interleaved else {}
     rows = rows or {"q": list(range(16)), "k": list(range(16, 32))}
     for part, outputs in enumerate(rows.values()):

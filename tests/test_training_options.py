@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -16,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import gramian as gm
 from cases import seeded
@@ -28,6 +30,7 @@ from gramian.report import to_text
 from gramian.tasks import TASKS
 from gramian.training import augmentation, compare, display, page, scaling, start
 from gramian.training.augmentation import AUGMENTATIONS, augmented, mixed
+from gramian.training.direct import step_of
 from gramian.training.options import PENALTIES, PRECISIONS, Options, best_row
 from gramian.training.schedule import SCHEDULES
 from runs import Stop, stopping, weights
@@ -644,3 +647,41 @@ def test_the_file_of_a_wrapped_model_has_the_users_names(tmp_path) -> None:
     plain.model().load_state_dict(load_tensors(tmp_path / "a" / "model.safetensors")[0])
     again = gm.train(replace(plain, model=made), resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_what_torch_puts_around_a_step_is_left_out_only_while_nobody_is_there() -> None:
+    """Hooks of the optimizer and of all, a profiler, and a step that was replaced on it or on its class are seen."""
+
+    class Plain(torch.optim.SGD):
+        pass
+
+    optimizer = Plain([torch.ones(2, requires_grad=True)], lr=0.1)
+    step, seen = step_of(optimizer), []
+
+    def note(*of: object) -> None:
+        seen.append(len(of))
+
+    entry = "Optimizer.step#Plain.step"
+    with torch.autograd.profiler.profile() as profile:
+        step()
+    assert entry in {event.name for event in profile.function_events or ()}
+    for register in (
+        optimizer.register_step_pre_hook,
+        optimizer.register_step_post_hook,
+        register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+    ):
+        handle = register(note)
+        step()
+        handle.remove()
+        step()
+    assert len(seen) == 4
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # which counts steps by a function around them
+    step()
+    assert optimizer._opt_called  # type: ignore[attr-defined]
+    other = Plain([torch.ones(2, requires_grad=True)], lr=0.1)
+    step, around = step_of(other), Plain.step
+    Plain.step = functools.wraps(around)(note)  # type: ignore[method-assign]
+    step()
+    step_of(other)()
+    assert len(seen) == 6

@@ -244,7 +244,7 @@ def characters_rows(model: nn.Module) -> Iterator[Row]:
             f"characters, {removed:.0%} removed",
             "rise of held-out loss",
             (
-                Measurement("gramian", seconds, ours, "refit"),
+                Measurement("gramian", seconds, ours, f"refit; text: {characters_of_text()[0]}"),
                 Measurement(
                     "gramian, not refit",
                     None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from gramian.errors import ShapeError
@@ -53,7 +54,7 @@ class NamedWeight:
             name: of the tensor.
             config: of the model.
         """
-        if not fnmatch.fnmatchcase(f".{name}", f"*.{self.name}"):
+        if not _ends_with(name, self.name):
             return False
         in_family = not self.models or str(config.get("model_type", "")) in self.models
         return in_family and all(config.get(key) == value for key, value in self.when.items())
@@ -237,7 +238,7 @@ def find_named(
     >>> find_named("h.0.attn.c_attn.weight", (8, 24), {}).layout.labels
     ('q', 'k', 'v')
     """
-    for row in NAMED if rows is None else rows:
+    for row in _rows_named(name) if rows is None else rows:
         if not row.matches(name, config) or _is_bias(name):
             continue
         if not row.layout:
@@ -265,6 +266,16 @@ def find_named(
     if sum(length > 1 for length in shape) < 2 and (len(shape) != 2 or not local.endswith("weight")):
         return NameMatch(None, "vector", "elementwise", f"{local}: a vector, with axes of length 1")
     return None
+
+
+@lru_cache(maxsize=4096)
+def _rows_named(name: str) -> tuple[NamedWeight, ...]:
+    """The rows of the table for a name, which is asked for at each look at a model."""
+    return tuple(row for row in NAMED if _ends_with(name, row.name))
+
+
+def _ends_with(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(f".{name}", f"*.{pattern}")
 
 
 def _is_bias(name: str) -> bool:

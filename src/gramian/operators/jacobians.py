@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gramian.calls import as_module
 from gramian.linalg.engine.precision import full_precision
 from gramian.objective import Objective, as_objective
-from gramian.operators.cuts import cut, leaves_of
+from gramian.operators.cuts import Use, cut, leaves_of
 from gramian.recording import measuring
 
 __all__ = ["end_to_end_jacobian"]
@@ -58,7 +58,13 @@ class NoJacobian:
 
 
 def try_jacobian(
-    model: nn.Module, batch: Any, objective: Objective | Callable, *, copies: int = 1, most: int = MAX_JACOBIAN_SIDE
+    model: nn.Module,
+    batch: Any,
+    objective: Objective | Callable,
+    *,
+    copies: int = 1,
+    most: int = MAX_JACOBIAN_SIDE,
+    few: Any = None,
 ) -> Tensor | NoJacobian:
     """The Jacobian as `end_to_end_jacobian` gives it, or the reason why there is none.
 
@@ -67,29 +73,23 @@ def try_jacobian(
         copies: each sample stands in the batch this many times, one after the other, so that a backward pass gives as
             many rows of its Jacobian.
         most: rows from which on it counts as too large.
+        few: samples by which it is asked first whether there is one, at a smaller cost where there is none.
     """
     model, objective = as_module(model, "end_to_end_jacobian"), as_objective(objective)
     with measuring(model), full_precision(), cut(model, only_first=True) as cuts, torch.enable_grad():
+        if few is not None:
+            objective.predict(model, few)
+            reason = _without(model, cuts.uses, most)
+            if reason is not None:
+                return reason
+            cuts.uses.clear()
         objective.predict(model, batch)
         uses = cuts.uses
-        if len(uses) < 2:
-            return NoJacobian("fewer than two layers were called with a tensor")
-        first, last = uses[0], uses[-1]
-        start, end = first.leaving, last.arriving
-        if end is start or not end.requires_grad or id(start) not in leaves_of(end):
-            if any(use.name in (first.name, last.name) for use in uses[1:-1]):
-                return NoJacobian("the layers are used several times in a forward pass, and not in one chain")
-            return NoJacobian(f"the input of {last.name} does not depend on that of {first.name}", is_chain=False)
-        if start.shape[0] != end.shape[0]:
-            rows = f"{first.name} has {start.shape[0]} rows and {last.name} has {end.shape[0]}"
-            return NoJacobian(f"{rows}: no row is one sample's from end to end")
+        reason = _without(model, uses, most)
+        if reason is not None:
+            return reason
+        start, end = uses[0].leaving, uses[-1].arriving
         m, n = end[0].numel(), start[0].numel()
-        if m > most or n > 64 * MAX_JACOBIAN_SIDE:
-            return NoJacobian(f"it is too large, {m} × {n} for each sample")
-        if _mixes(start, end):
-            return NoJacobian(
-                f"what {first.name} puts out for several rows reaches one row of {last.name}: {_why_mixed(model)}"
-            )
         jacobian, copy = [], torch.arange(len(end), device=end.device) % copies
         for k in range(0, m, copies):
             v = torch.zeros(len(end), m + copies, dtype=end.dtype, device=end.device)
@@ -97,6 +97,29 @@ def try_jacobian(
             (rows,) = torch.autograd.grad(end, start, v[:, :m].reshape(end.shape), retain_graph=k + copies < m)
             jacobian.append(rows.reshape(-1, copies, n))
         return torch.cat(jacobian, dim=1)[:, :m]
+
+
+def _without(model: nn.Module, uses: Sequence[Use], most: int) -> NoJacobian | None:
+    """Why a forward pass of a model with these uses has no Jacobian of each sample."""
+    if len(uses) < 2:
+        return NoJacobian("fewer than two layers were called with a tensor")
+    first, last = uses[0], uses[-1]
+    start, end = first.leaving, last.arriving
+    if end is start or not end.requires_grad or id(start) not in leaves_of(end):
+        if any(use.name in (first.name, last.name) for use in uses[1:-1]):
+            return NoJacobian("the layers are used several times in a forward pass, and not in one chain")
+        return NoJacobian(f"the input of {last.name} does not depend on that of {first.name}", is_chain=False)
+    if start.shape[0] != end.shape[0]:
+        rows = f"{first.name} has {start.shape[0]} rows and {last.name} has {end.shape[0]}"
+        return NoJacobian(f"{rows}: no row is one sample's from end to end")
+    m, n = end[0].numel(), start[0].numel()
+    if m > most or n > 64 * MAX_JACOBIAN_SIDE:
+        return NoJacobian(f"it is too large, {m} × {n} for each sample")
+    if _mixes(start, end):
+        return NoJacobian(
+            f"what {first.name} puts out for several rows reaches one row of {last.name}: {_why_mixed(model)}"
+        )
+    return None
 
 
 def _why_mixed(model: nn.Module) -> str:

@@ -67,7 +67,7 @@ def average(mean: Tensor, value: Tensor, beta: float, context: StepContext) -> N
     if context.all_alive:  # twice as fast as with a weight for each matrix
         mean.lerp_(value, 1 - beta)
     else:
-        mean.lerp_(value, ((1 - beta) * context.alive).expand_as(mean))
+        mean.lerp_(value, ((1 - beta) * context.alive.to(mean.dtype)).expand_as(mean))
 
 
 def advanced(g: Tensor, momentum: Tensor, context: StepContext) -> Tensor:

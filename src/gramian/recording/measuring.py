@@ -24,7 +24,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module, mode in training.items():
-            module.training = mode
+            if module.training is not mode:  # setting an attribute of a module takes long
+                module.training = mode
 
 
 @contextmanager

@@ -101,12 +101,12 @@ def inspect(
         UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run); `verify` on
             several ranks.
         CheckpointError: the file is missing, damaged, or would run code.
-    Cost: the singular values of each matrix; with data, some 7 to 15 training steps, and with an optimizer six more
-        and a copy of both; with `curvature`, some hundred products with the Hessian, about four passes of the batches
-        each, and as many vectors of the parameters in float64. Memory: with data, a copy of parameters, buffers and
-        batches in main memory; for a file, one tensor and a few matrices of its smaller side. With `verify`, 100
-        training steps, and 50 to 500 and a second diagnosis for each finding, with two copies of the model and of the
-        optimizer for each action that is tried.
+    Cost: the singular values of each matrix; with data, some 7 to 15 training steps, of small networks 30, and with an
+        optimizer four more and a copy of both; with `curvature`, some hundred products with the Hessian, about four
+        passes of the batches each, and as many vectors of the parameters in float64. Memory: with data, a copy of
+        parameters, buffers and batches in main memory; for a file, one tensor and a few matrices of its smaller side.
+        With `verify`, 100 training steps, and 50 to 500 and a second diagnosis for each finding, with two copies of the
+        model and of the optimizer for each action that is tried.
     Source: this library's own; each finding names the source of its rule.
 
     >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))

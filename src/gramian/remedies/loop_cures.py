@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gramian.alignment import labels_of
+from gramian.batch import main_input, mapped
 from gramian.errors import GramianError
+from gramian.inspection.experiments.replaying import Replay
 from gramian.objective import as_objective
 from gramian.recording.measuring import evaluating
 from gramian.remedies.asked import Asked, Propose
@@ -113,14 +115,27 @@ def _rates(asked: Asked, factors: Sequence[float]) -> Iterator[Action]:
 
 
 def on_input(name: str) -> Propose:
-    """What a hook does to the input that the finding names; nothing where no code can find it."""
+    """What a hook does to the input that the finding names; nothing where no code can find it, or it is a target."""
 
     def proposed(asked: Asked) -> Iterator[Action]:
         where = asked.fitting.input_of(asked.finding)
-        if where is not None:
+        if where is not None and not _is_restored(asked):
             yield Action(name, where)
 
     return proposed
+
+
+def _is_restored(asked: Asked) -> bool:
+    """Whether the loss takes the model's main input itself, beside which a hook would change one of the two alone."""
+    try:
+        batch = asked.setting.batches[0]
+        x = main_input(batch)
+        with evaluating(asked.model):
+            replay = Replay(asked.model, batch, as_objective(asked.setting.objective))
+            moved = replay.gradients(replay.outputs, mapped(batch, lambda t: t.roll(1, 0) if t is x else t))
+            return not all(map(torch.equal, moved, replay.slopes))
+    except Exception:  # not for this to say
+        return False
 
 
 def momentum(asked: Asked) -> Iterator[Action]:

@@ -83,16 +83,16 @@ def check_model(model: object, task: Task) -> None:
     if not isinstance(model, nn.Module):
         raise TaskError(f"{named(task)}: model() must return a torch.nn.Module, got {type(model).__name__}")
     with calling(task, "looking for the parameters of its model"):  # whose class may define anything
-        parameters = dict(model.named_parameters())
+        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     if not any(p.requires_grad for p in parameters.values()):
         raise TaskError(f"{named(task)}: no parameter of the model requires a gradient, so nothing can be trained")
-    for name, p in parameters.items():
+    for name, p in (parameters | buffers).items():
         why = ""
-        if isinstance(p, nn.parameter.UninitializedParameter):
+        if isinstance(p, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             why = "has no shape yet (a lazy module). Call the model on one batch in model()"
         elif p.is_meta:
             why = "is on the meta device, without numbers. Make the model outside torch.device('meta')"
-        elif not p.is_leaf:
+        elif name in parameters and not p.is_leaf:
             why = "is computed from other tensors, so that it cannot be trained. Make it an nn.Parameter"
         if why:
             raise TaskError(f"{named(task)}: {name} of the model {why}")

@@ -60,7 +60,11 @@ class Interrupts:
     @property
     def received(self) -> int:
         """The signal that is to end the run; zero without one."""
-        return self._noted or max([handler.received for handler in self._raising], default=0)
+        received = self._noted
+        if not received:
+            for handler in self._raising:
+                received = max(received, handler.received)
+        return received
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():

@@ -75,6 +75,7 @@ class Loop:
         self.finished = False
         self.before = ""  # the diagnosis before the first step, as JSON, for the report
         run.lr = schedule.rates[0]
+        schedule.set_epoch(stream.length)
 
     def go(
         self,
@@ -90,16 +91,18 @@ class Loop:
         run, schedule = self.run, self.schedule
         run.model.train()
         started = time.perf_counter() - run.seconds
-        ended = schedule.share(run) >= 1
+        share = schedule.share(run)
+        ended = share >= 1
         if on_step is not None:
-            on_step(run, schedule.share(run))
-        first = folder is not None
-        numbers = plain_numbers(run.model) if first else {}
+            on_step(run, share)
+        first = True
+        numbers = plain_numbers(run.model) if folder is not None else {}
         while not ended:
-            self._step()
+            self._step(share)
             if first:
-                warn_of_plain_numbers(self.task, numbers, plain_numbers(run.model))
+                self.stepper.check_parameters()
                 if folder is not None:
+                    warn_of_plain_numbers(self.task, numbers, plain_numbers(run.model))
                     folder.room.make(self._size())
                 first = False
             run.seconds, due, signal = self._agreed(time.perf_counter() - started, folder, interrupts)
@@ -145,12 +148,10 @@ class Loop:
         told = agreement.exchanged(facts, self.failure)
         return told[0]["seconds"], told[0]["due"], max([other["signal"] for other in told])
 
-    def _step(self) -> None:
+    def _step(self, share: float) -> None:
         run, schedule = self.run, self.schedule
-        schedule.batches_per_epoch = self.stream.length
-        schedule.set_rates(run)
+        schedule.set_rates(run, share)
         total, units, taken = self.stepper.step(self.stream, schedule.num_batches(run))
-        schedule.batches_per_epoch = self.stream.length
         run.steps += 1
         if taken:
             self.total += total
@@ -335,7 +336,7 @@ class Loop:
             self.best = {name: as_parts(value.to(self.device), own[name]) for name, value in saved["best"].items()}
             self.stream.restore(saved["stream"])
             restore_random_state(saved["random"], self.device, run.steps)
-            schedule.batches_per_epoch = self.stream.length
+            schedule.set_epoch(self.stream.length)
         except GramianError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:

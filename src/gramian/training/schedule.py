@@ -113,20 +113,20 @@ class Schedule:
         self.factor, self.accumulate = SCHEDULES[name], accumulate
         self.asked_warmup, self.warmup = warmup, WARMUP_STEPS if warmup is None else warmup
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self.batches_per_epoch = 0
+        self.set_epoch(0)
         self.evaluations = 0
         self._losses: list[float] = []  # of the history
+
+    def set_epoch(self, num_batches: int) -> None:
+        """Note how many batches an epoch has; 0 where that is not known, as before the first one is counted."""
+        self.batches_per_epoch = num_batches
+        self.steps = num_steps((self.kind, self.amount), num_batches, self.accumulate)
 
     def share(self, run: Run) -> float:
         """Return the share of the budget that is spent; 1 at the end."""
         if self.kind == "seconds":
             return min(1.0, run.seconds / self.amount)
         return min(1.0, run.steps / self.steps) if run.steps else 0.0
-
-    @property
-    def steps(self) -> int:
-        """The steps of the budget; 0 where they are not known, as before the first epoch, or with seconds."""
-        return num_steps((self.kind, self.amount), self.batches_per_epoch, self.accumulate)
 
     def num_batches(self, run: Run) -> int:
         """Return how many batches the next step takes: fewer where an epoch's end is that of the budget."""
@@ -135,9 +135,8 @@ class Schedule:
         left = math.ceil(self.amount * self.batches_per_epoch) - run.steps * self.accumulate
         return max(1, min(self.accumulate, left))
 
-    def set_rates(self, run: Run) -> None:
-        """Set each group's learning rate for the next step."""
-        share = self.share(run)
+    def set_rates(self, run: Run, share: float) -> None:
+        """Set each group's learning rate for the next step, at this share of the budget."""
         factor = min(1.0, (run.steps + 1) / self.warmup) if self.warmup else 1.0
         if self.kind == "seconds" and self.asked_warmup is None:  # steps may take so long that there are fewer
             factor = max(factor, min(1.0, share / LARGEST_WARMUP))

@@ -12,11 +12,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gramian import placement
 from gramian.calls import prepared
-from gramian.errors import TaskError
+from gramian.errors import TaskError, some
 from gramian.inspection.live.gradients import all_finite
 from gramian.objective import Objective
 from gramian.training import agreement
 from gramian.training.augmentation import augmented, mixed
+from gramian.training.direct import forget_gradients, step_of
 from gramian.training.optimizers import skips_itself
 from gramian.training.options import PRECISIONS, Options
 from gramian.training.scaling import LossScale
@@ -27,6 +28,8 @@ from gramian.training.task import Task, calling, named
 from gramian.training.usual import usual
 
 __all__ = ["Stepper"]
+
+FORWARD = "the forward pass or the loss"
 
 
 class Stepper:
@@ -64,6 +67,9 @@ class Stepper:
         self._gradient: dict[tuple[float, torch.dtype], Tensor] = {}  # of the loss, by its divisor
         self.alone = not placement.is_distributed()
         self._half = PRECISIONS[options.precision]
+        self._step = step_of(optimizer)
+        # Then a batch's loss is all that there is to its forward pass.
+        self._is_plain = self.alone and self._half is None and not options.augment
         self._watch = options.clip is not None or self.scale.active or not skips_itself(optimizer)
 
     def step(self, stream: Stream, num_batches: int) -> tuple[float, float, bool]:
@@ -76,7 +82,7 @@ class Stepper:
             num_batches: whose gradients are added up.
         """
         self._buffers.note()
-        self._forget_gradients()
+        forget_gradients(self.optimizer)
         total = units = 0.0
         first = 0.0  # the divisor of all gradients, until the number of all units is known
         sound = True
@@ -112,14 +118,19 @@ class Stepper:
             self._buffers.restore()
         return total, units, taken or self.overflowed
 
-    def _forget_gradients(self) -> None:
-        """As `zero_grad` of the optimizer, whose entry in torch's profiler costs a small model more than the work."""
-        if type(self.optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:  # it does more
-            self.optimizer.zero_grad()
-            return
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = None
+    def check_parameters(self) -> None:
+        """Raise `TaskError` where a step made or replaced parameters of the model: the optimizer has only the old ones.
+
+        With FSDP2 the wrapper replaces them itself.
+        """
+        known = set(map(id, self._params))
+        new = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+        if new and not self.divided:
+            raise TaskError(
+                f"{named(self.task)}: the first step put new parameters into its model, {some(new)}, which the "
+                "optimizer does not have. Make them in __init__, and change their numbers in place (copy_ under "
+                "torch.no_grad())"
+            )
 
     def _without_gradient(self) -> TaskError:
         return TaskError(
@@ -139,8 +150,15 @@ class Stepper:
 
         The weight is zero where this rank has no rows, and takes part in a divided model's collectives only.
         """
-        batch: Any = None
-        own: Tensor | None = None
+        if self._is_plain:
+            batch = stream.take()
+            try:
+                own, units = self._summed(batch)
+            except BaseException:
+                with calling(self.task, FORWARD):
+                    raise
+            return own.item(), units, own, 1.0
+        batch, own = None, None
         loss, units, weight = self._nothing, 0.0, 1.0
         try:
             batch = stream.take()
@@ -167,7 +185,7 @@ class Stepper:
             with torch.autocast(self.device.type, self._half):
                 return self._of_parts(batch, seed)
         except BaseException:
-            with calling(self.task, "the forward pass or the loss"):
+            with calling(self.task, FORWARD):
                 raise
 
     def _of_parts(self, batch: Any, seed: tuple[int, ...]) -> tuple[Tensor, float]:
@@ -201,7 +219,7 @@ class Stepper:
             if self.options.clip is not None:
                 torch.nn.utils.clip_grad_norm_([p for p in self._params if p.grad is not None], self.options.clip)
         try:
-            self.optimizer.step()
+            self._step()
         except BaseException as error:
             self._caught(error, "optimizer.step()")
         return True

@@ -151,8 +151,14 @@ class Stream:
 
 
 def checksum(batch: Any) -> int:
-    """Return a checksum of a batch's tensors."""
+    """Return a checksum of a batch's tensors: of the entries of sparse ones, of the parts of nested ones."""
+    if isinstance(batch, Tensor) and batch.is_nested:
+        return checksum(batch.unbind())
+    if isinstance(batch, Tensor) and batch.layout is not torch.strided:
+        entries = batch.detach().to_sparse().coalesce()
+        return checksum([entries.indices(), entries.values()])
     if isinstance(batch, Tensor):
+        batch = batch.resolve_conj().resolve_neg()
         return zlib.crc32(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     named = fields(batch)
     parts = named.values() if named is not None else batch if isinstance(batch, (list, tuple)) else ()

@@ -51,6 +51,7 @@ def compress(
     *,
     batches: Batches | None = None,
     held_out: Batches | None = None,
+    trained_on: int | None = None,
     keep: float | None = None,
     of: Literal["all", "factorable"] = "all",
     include: Sequence[str] | None = None,
@@ -82,6 +83,9 @@ def compress(
         held_out: a list of batches that the model was not trained on, to measure on in place of these. On new data the
             rise may be another than on training data: without them, `plan.predicted` has the rise on data like the
             calibration's, and an interval for new data, which is wide.
+        trained_on: where nothing was held out, the number of samples that the model was trained on, of which `batches`
+            are all or some: then `plan.predicted` of ranks tells of new data, from how far the gradients of different
+            batches agree.
         objective: how they are turned into a loss; `gm.Objective.self_distillation()` where there are no labels.
         keep: share of the parameters to keep. By default 0.5, or where rank 1 everywhere needs more than that, the
             smallest possible share, which the plan's text says.
@@ -97,8 +101,8 @@ def compress(
         model (`torch.compile`, `DataParallel`) is left out of it.
 
     Raises:
-        InputError: there are no statistics, they are not finite, a pattern matches no layer, or no layer can be
-            factored.
+        InputError: there are no statistics, they are not finite, a pattern matches no layer, no layer can be
+            factored, or `trained_on` is no number of samples, or is given with `held_out`.
 
     Cost: three eigendecompositions in float64 for each layer, and 48 backward passes. What is told by `plan.predicted`
     is measured when it is first asked for: eight evaluations of up to 32 batches, or of so many of them or of
@@ -114,12 +118,18 @@ def compress(
     """
     if isinstance(include, str) or isinstance(exclude, str):
         raise InputError("compress: include and exclude are lists of patterns: exclude=['lm_head']")
+    if trained_on is not None and (not isinstance(trained_on, int) or trained_on < 1):
+        raise InputError(f"compress: trained_on must be a number of samples, got {trained_on!r}")
+    if trained_on is not None and held_out is not None:
+        raise InputError("compress: give held_out or trained_on; batches that were held out tell more")
     if isinstance(model, (str, os.PathLike)):
         from gramian.compression.sharded.streaming import compress_shards  # which plans by what stands here
 
         given = batches if stats is None else stats
         if given is None or isinstance(given, Statistics) or objective is None:
             raise InputError("compress: a folder needs batches and an objective: compress(folder, batches, objective)")
+        if trained_on is not None:
+            raise InputError("compress: trained_on is for plan.predicted, which needs the model in memory")
         options: dict[str, Any] = {"held_out": held_out, "keep": keep, "of": of, "include": include, "exclude": exclude}
         options |= {"memory": memory, "scratch": scratch, "progress": progress}
         return compress_shards(model, given, objective, **options)
@@ -148,7 +158,10 @@ def compress(
         judges = batches if held_out is None else held_out
         if judges is not None and objective is not None:
             calibration.measure = Measure(
-                list(as_batches(judges, "compress")), as_objective(objective), new=held_out is not None
+                list(as_batches(judges, "compress")),
+                as_objective(objective),
+                new=held_out is not None,
+                trained_on=trained_on,
             )
     elif batches is None or objective is None:
         given = "" if batches is None else f"; got {described(batches)} alone"
@@ -160,7 +173,7 @@ def compress(
         asked = {name for target in found for name in (target.inputs, target.outputs)}
         put_back = multiply_out_(model) if low else None
         try:
-            calibration = calibrate(model, batches, objective, asked, held_out)
+            calibration = calibrate(model, batches, objective, asked, held_out, trained_on)
         finally:
             if put_back is not None:
                 put_back()

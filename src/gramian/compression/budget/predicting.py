@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from gramian.calls import prepared
+from gramian.compression.budget.optimism import Kept, kept_on_new_data
 from gramian.compression.calibration.calibrating import Measure
 from gramian.recording import evaluating
 from gramian.recording.failing import naming_the_layer
@@ -106,7 +108,10 @@ def losses_of(model: nn.Module, measure: Measure) -> list[tuple[float, float]]:
 
 
 def measured_points(
-    model: nn.Module, measure: Measure, plans: Iterable[tuple[float, Callable[[], nn.Module], bool]]
+    model: nn.Module,
+    measure: Measure,
+    plans: Iterable[tuple[float, Callable[[], nn.Module], bool]],
+    kept: Sequence[Kept | None] = (),
 ) -> tuple[Point, ...]:
     """The rises of the loss of smaller models, on as many batches as it takes to know each of them well.
 
@@ -118,6 +123,7 @@ def measured_points(
         model: the one that they were made of.
         measure: the batches, which are asked in an order drawn once, and the loss.
         plans: of each smaller model the second-order estimate, a function that makes it, and whether ranks were cut.
+        kept: for each the share of what labels add that is there on new data; without it, points tell of these data.
 
     Returns:
         As many points.
@@ -131,7 +137,7 @@ def measured_points(
     before: list[tuple[float, float]] = []
     found = []
     with evaluating(model):  # which may be what the smaller ones are compared with
-        for estimate, make, cut in plans:
+        for (estimate, make, cut), share in itertools.zip_longest(plans, kept):
             small, after = make(), []
             point = Point(estimate, math.nan, math.nan, cut)
             for one in asked:
@@ -141,8 +147,25 @@ def measured_points(
                 if len(after) >= LEAST and point.error <= PRECISE * abs(point.rise):
                     break
             seen = asked[len(apart) : len(after)]
-            found.append(point if measure.new else _parted(point, model, small, (apart, seen)))
+            found.append(point if measure.new else _on_new_data(_parted(point, model, small, (apart, seen)), share))
     return tuple(found)
+
+
+def _on_new_data(point: Point, kept: Kept | None) -> Point:
+    """A point of training data as one of new data: with as much of what labels add as is there.
+
+    That is at least minus twice the divergence, as where a layer has learned nothing but noise and all of it is cut.
+    More of it is there than the share says where training has nearly converged along what is cut: by the share of the
+    way that is left, which for a loss to second order is `labels / (labels + 2 divergence)`.
+    """
+    if kept is None or point.divergence is None or point.rise <= point.divergence:
+        return point
+    moved, labels = point.divergence, point.rise - point.divergence
+    least, left = -2 * moved, labels / (labels + 2 * max(moved, 0.0))
+    most = 1 - left * (1 - min(kept.share + kept.error, 1.0))
+    low, rise, high = (max(least, share * labels) for share in (kept.share - kept.error, kept.share, most))
+    error = math.hypot(rise / labels * point.error, max(high - rise, rise - low))
+    return point._replace(rise=moved + rise, error=error, divergence=None)
 
 
 def _drawn(batches: Sequence[Any]) -> list[Any]:
@@ -242,8 +265,12 @@ class Rises:
 
     def _measured(self, parts: Sequence[Any], cut: bool) -> tuple[Point, ...]:
         assert self.measure is not None
+        if not parts:
+            return ()
         asked = [(part.predicted_loss, part.apply, cut) for part in parts]
-        return measured_points(parts[0].model, self.measure, asked) if parts else ()
+        return measured_points(
+            parts[0].model, self.measure, asked, kept_on_new_data(parts, self.measure) if cut else ()
+        )
 
 
 def _smallest(plan: Any) -> Any:

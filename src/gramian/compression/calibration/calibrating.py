@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gramian import placement
 from gramian.batch import tensors
 from gramian.calls import prepared
-from gramian.compression.calibration.reading import Reader
+from gramian.compression.calibration.reading import MOST_FOLDED, MOST_SEEN, Reader
 from gramian.errors import InputError
 from gramian.gram import Gram
 from gramian.loader import Batches, no_batches
@@ -53,6 +53,7 @@ class Measure:
         seen: whether the statistics are of the same batches, since there were no others.
         more: batches that the statistics have seen, for more labels.
         new: whether the model was not trained on them, as its user says.
+        trained_on: how many samples the model was trained on, these among them, as its user says.
     """
 
     batches: list[Any]
@@ -60,6 +61,7 @@ class Measure:
     seen: bool = False
     more: list[Any] = field(default_factory=list)
     new: bool = False
+    trained_on: int | None = None
 
     def against(self, model: nn.Module) -> Measure:
         """The same, where the targets are the outputs of a model, with those of this one, which does not change."""
@@ -101,6 +103,7 @@ def calibrate(
     objective: Objective | Callable,
     asked: Collection[str] | None = None,
     held_out: Batches | None = None,
+    trained_on: int | None = None,
 ) -> Calibration:
     """Captures statistics on most of the batches, keeps some to measure on, and looks at the data meanwhile.
 
@@ -111,6 +114,7 @@ def calibrate(
             that of labels drawn around its output.
         asked: the parameters whose G has to have many rows; by default all.
         held_out: what to measure on, in place of some of the batches.
+        trained_on: how many samples the model was trained on, those of the batches among them, where that is known.
 
     Under DDP all ranks call this together, each with its own batches, and have the same result. Rank r of n has the
     batches r, n + r, 2 n + r, … of one process, and the same of these are kept to measure on, by every rank.
@@ -120,7 +124,8 @@ def calibrate(
     """
     objective = as_objective(objective)
     ranks = collective_of(model)
-    reader = Reader(batches, ranks, held_out=held_out, labels=objective.divergence is not None)
+    labels = 0 if objective.divergence is None else MOST_SEEN if trained_on is None else MOST_FOLDED
+    reader = Reader(batches, ranks, held_out=held_out, labels=labels)
     given = iter(reader)
     with _together(ranks):
         first = next(given, None)
@@ -145,7 +150,8 @@ def calibrate(
         stats = captured(model, every, drawn, generator=generator, differentiates=which)
     held, distinct, samples = reader.shared(first)
     seen, more = held[0][0] < 0, reader.others()
-    measure = Measure([batch for _, batch in held], objective, seen, [] if seen else more, held_out is not None)
+    judges = [batch for _, batch in held]
+    measure = Measure(judges, objective, seen, [] if seen else more, held_out is not None, trained_on)
     share = 1.0 if which is None else which.share
     return Calibration(stats, distinct, samples, share, used, measure, notes, ranks)
 

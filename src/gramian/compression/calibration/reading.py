@@ -12,14 +12,15 @@ from gramian.errors import InputError
 from gramian.loader import Batches, as_batches, no_batches
 from gramian.recording.collective import Collective
 
-__all__ = ["Reader", "cuttable", "hashes"]
+__all__ = ["MOST_FOLDED", "MOST_SEEN", "Reader", "cuttable", "hashes"]
 
 HELD_OUT = 8
 """One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
 MOST_HELD, ENOUGH_HELD = 8, 160
 """Batches kept in memory to measure on, and from how many samples on no more are."""
-MOST_SEEN, SEEN_BYTES = 24, 2**26
-"""Other batches kept for their labels, which the statistics do not see, and how many bytes they may take."""
+MOST_SEEN, MOST_FOLDED, SEEN_BYTES = 24, 120, 2**26
+"""Other batches kept for their labels, which the statistics do not see; so many where gradients of folds are compared,
+whose noise is larger; and how many bytes they may take."""
 
 
 class Reader:
@@ -31,7 +32,7 @@ class Reader:
         ranks: Collective | None = None,
         verb: str = "compress",
         held_out: Batches | None = None,
-        labels: bool = False,
+        labels: int = 0,
     ) -> None:
         self.batches, self.ranks = as_batches(batches, verb), ranks
         together = ranks if ranks is not None and ranks.together else None
@@ -40,7 +41,7 @@ class Reader:
         self.num = 0
         self.held: list[tuple[int, Any]] = []
         self.apart = held_out is not None
-        self.labels = labels and not self.apart
+        self.labels = 0 if self.apart else labels
         self.seen: list[tuple[int, Any]] = []
         if held_out is not None:
             self.held = [(i * self.size + self.rank, batch) for i, batch in enumerate(as_batches(held_out, verb))]
@@ -65,7 +66,7 @@ class Reader:
                 continue
             self._count(given)
             if self.labels:
-                self.seen = _kept([*self.seen, (place, given)])
+                self.seen = _kept([*self.seen, (place, given)], self.labels)
             yield given
 
     def shared(self, first: Any) -> tuple[list[tuple[int, Any]], float, float]:
@@ -85,7 +86,7 @@ class Reader:
         ranks = self.ranks
         together = self.labels and ranks is not None and ranks.together
         found = exchanged(self.seen, ranks.group) if together else [self.seen]  # type: ignore[union-attr]
-        return [batch for _, batch in _kept([pair for one in found for pair in one])]
+        return [batch for _, batch in _kept([pair for one in found for pair in one], self.labels)]
 
     def _count(self, batch: Any) -> None:
         found = hashes(batch, self.num)
@@ -117,10 +118,10 @@ def _parted(batch: Any) -> tuple[Any, Any | None]:
     return mapped(batch, lambda t: t[:-cut]), mapped(batch, lambda t: t[-cut:])
 
 
-def _kept(pairs: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+def _kept(pairs: list[tuple[int, Any]], most: int) -> list[tuple[int, Any]]:
     """As many as may be kept for their labels, in an order that is drawn once."""
     found, size = [], 0
-    for place, batch in sorted(pairs, key=lambda pair: pair[0] * 2654435761 % 2**32)[:MOST_SEEN]:
+    for place, batch in sorted(pairs, key=lambda pair: pair[0] * 2654435761 % 2**32)[:most]:
         size += sum(t.numel() * t.element_size() for t in tensors(batch))
         if size > SEEN_BYTES:
             break

@@ -12,24 +12,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gramian.block import Block
 from gramian.compression.calibration.calibrating import Calibration
-from gramian.compression.calibration.experts import rows_of_parts
+from gramian.compression.calibration.kronecker import joined
+from gramian.compression.calibration.parts import output_roots, parts_of, parts_of_roots
 from gramian.compression.calibration.shrinkage import Roots, pooled, roots, shrunk_mean
 from gramian.compression.calibration.targets import Target
 from gramian.compression.layers.lowrank import matrix_of
 from gramian.errors import InputError
 from gramian.gram import DiagonalGram, Gram
-from gramian.layers import layout_of
 from gramian.site import Site
 from gramian.statistics import Statistics
 
-__all__ = ["Uncaptured", "Weighting", "counted", "nearest_kronecker", "weighting"]
-
-ITERATIONS = 100
-"""Of the power iteration for the nearest Kronecker product, which converges like the square of a ratio."""
+__all__ = ["Uncaptured", "Weighting", "counted", "weighting"]
 
 
 class Uncaptured(InputError):
@@ -67,19 +63,21 @@ def weighting(target: Target, calibration: Calibration, *, blind: bool) -> Weigh
         blind: whether G is left out, since too few units were seen.
 
     Returns:
-        Of several uses along the same sides the sum; of a table that is also a head, the nearest Kronecker product.
+        Of several uses along the same sides the sum; of a table that is also a head, and of parts with inputs of their
+        own, as in attention to another sequence, the nearest Kronecker product.
 
     Raises:
         Uncaptured: there are no second moments; its text is the reason.
         InputError: they are those of another model, or not finite.
 
     Cost: two eigendecompositions for each use; layers that share their inputs, one after the other, share that of A.
-    Source: for several uses, see `nearest_kronecker`.
+    Source: for several uses, see `joined`.
     """
     sites, share = _sites(target, calibration.stats), calibration.distinct
     uses = [_merged(target, group) for group in _by_sides(sites)]
     latest = calibration.latest
-    found = [_of_use(target, site, share, share * calibration.differentiated, blind, latest) for site in uses]
+    shares = share, share * calibration.differentiated
+    found = [one for site in uses for one in _of_use(target, site, shares, blind, latest)]
     return found[0] if len(found) == 1 else _joint(found)
 
 
@@ -141,14 +139,16 @@ def _merged(target: Target, sites: Sequence[Site]) -> Site:
 
 
 def _of_use(
-    target: Target, site: Site, share_a: float, share_g: float, blind: bool, latest: dict[Any, Any]
-) -> Weighting:
+    target: Target, site: Site, shares: tuple[float, float], blind: bool, latest: dict[Any, Any]
+) -> list[Weighting]:
+    """The weighting of one use; where its parts have inputs of their own, one for each part, with no other's rows."""
     inputs, outputs = site.A, site.G
     assert inputs is not None
     assert outputs is not None
     m, n = matrix_of(target.module).shape
-    if inputs.batch:
-        raise Uncaptured("its parts have inputs of their own, as in attention to another sequence")
+    fused = target.entry is None and not site.transposed and len(inputs.batch) == 1 and inputs.batch == outputs.batch
+    if inputs.batch and not fused:
+        raise Uncaptured("its parts have inputs of their own")
     if site.transposed:
         wanted = (("A", inputs.dim, m), ("G", outputs.dim, n))
     else:
@@ -159,7 +159,7 @@ def _of_use(
         if got != dim:
             raise InputError(f"compress: {label} of {target.name!r} is for {got} features, not {dim}: another model's?")
     num = float(torch.as_tensor(inputs.count).max())
-    rows, rows_g = share_a * num, share_g * num
+    rows, rows_g = (share * num for share in shares)
     matters = blind or bool(inputs.total.any() and outputs.total.any())
     label = "A"
     try:
@@ -168,17 +168,18 @@ def _of_use(
             label = "G"
             back = _one(n, into) if blind else roots(outputs, rows_g)
             diagonal = ("outputs",) if isinstance(outputs, DiagonalGram) else ()
-            return Weighting(back, into, None, matters, diagonal, unseen, math.inf if blind else rows_g)
-        centered = getattr(target.module, "bias", None) is not None and not target.tied
+            return [Weighting(back, into, None, matters, diagonal, unseen, math.inf if blind else rows_g)]
+        centered = getattr(target.module, "bias", None) is not None and not target.tied and not inputs.batch
         mean = shrunk_mean(inputs, rows) if centered else None
-        into = _once(latest, inputs, rows, mean)
+        into = [_once(latest, one, rows, mean) for one in parts_of(inputs)]
         label = "G"
-        back = _output_roots(target.block, outputs, rows_g, target.module, target.entry)
+        back = output_roots(target.block, outputs, rows_g, target.module, target.entry)
     except InputError as error:
         raise InputError(f"compress: {label} of {target.inputs!r} {error}") from None
     sides = (("inputs", inputs), ("outputs", outputs))
     diagonal = tuple(side for side, moment in sides if isinstance(moment, DiagonalGram))
-    return Weighting(into, _one(m, into) if blind else back, mean, matters, diagonal, seen=rows)
+    own = parts_of_roots(_one(m, into[0]) if blind else back, target.block, target.module, len(into))
+    return [Weighting(a, g, mean, matters, diagonal, seen=rows) for a, g in zip(into, own, strict=True)]
 
 
 def _once(latest: dict[Any, Any], inputs: Gram | DiagonalGram, rows: float, around: Tensor | None) -> Roots:
@@ -241,96 +242,15 @@ def counted(moment: DiagonalGram) -> tuple[Roots, int]:
     return Roots(values.sqrt(), values.rsqrt()), unseen
 
 
-def _output_roots(
-    block: Block | None, g: Gram | DiagonalGram, rows: float, layer: nn.Module, entry: int | None = None
-) -> Roots:
-    """The roots of G over the layer's outputs; of fused parts, which have a G each, along the diagonal."""
-    found = roots(g, rows)
-    if block is None or not g.batch:
-        return found
-    if entry is not None:
-        order = rows_of_parts(block)[entry]
-    else:
-        layout = layout_of(layer)
-        assert layout is not None
-        outputs = torch.arange(layout.matrices[0])[:, None].expand(layout.matrices)
-        order = block.split(layout.join(outputs))[..., 0].flatten()  # the output of each row of each part
-    order = order.to(found.root.device)
-    return Roots(
-        *(_placed(parts, order, diagonal=isinstance(g, DiagonalGram)) for parts in (found.root, found.inverse))
-    )
-
-
-def _placed(parts: Tensor, order: Tensor, *, diagonal: bool) -> Tensor:
-    if diagonal:
-        return torch.empty_like(parts.flatten()).index_copy_(0, order, parts.flatten())
-    whole = torch.empty(len(order), len(order), dtype=parts.dtype, device=parts.device)
-    whole[order[:, None], order] = torch.block_diag(*parts.flatten(0, -3))
-    return whole
-
-
 def _joint(found: Sequence[Weighting]) -> Weighting:
-    rows, columns = nearest_kronecker([_square(w.rows) for w in found], [_square(w.columns) for w in found])
+    rows, columns = joined([w.rows for w in found], [w.columns for w in found])
     sides = tuple(dict.fromkeys(side for w in found for side in w.diagonal))
     return Weighting(
-        _roots_of(columns),
-        _roots_of(rows),
+        columns,
+        rows,
         None,
         any(w.matters for w in found),
         sides,
         max(w.unseen for w in found),
         max(w.seen for w in found),
     )
-
-
-def _square(one: Roots) -> Tensor:
-    root = one.root.double()
-    return root.square() if root.ndim == 1 else root @ root
-
-
-def _roots_of(moment: Tensor) -> Roots:
-    if moment.ndim == 1:
-        return Roots(moment.sqrt(), moment.rsqrt())
-    values, vectors = torch.linalg.eigh(moment)
-    values = values.clamp_min(1e-12 * float(values.max()))  # each has a floor of its own, far above rounding
-    return Roots(vectors * values.sqrt() @ vectors.mT, vectors * values.rsqrt() @ vectors.mT)
-
-
-def nearest_kronecker(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The Kronecker product that is nearest to a sum of Kronecker products, `R ⊗ C ≈ Σ Rᵢ ⊗ Cᵢ`.
-
-    Args:
-        rows, columns: positive semi-definite matrices, or their diagonals, as vectors.
-
-    Returns:
-        R and C: sums of the Rᵢ, and of the Cᵢ, with weights that are not negative.
-
-    Raises: nothing of its own.
-    Cost: an inner product of each two on a side.
-    Source: Van Loan & Pitsianis (1993), in the space of the given matrices, by a power iteration.
-
-    >>> one, two = torch.eye(2), torch.ones(3)
-    >>> r, c = nearest_kronecker([one, 2 * one], [two, 3 * two])
-    >>> (r[0, 0] * c[0]).round(decimals=4)  # 1 · 1 + 2 · 3
-    tensor(7.)
-    """
-    of_rows, of_columns = _alike(rows), _alike(columns)
-    p, q = (torch.stack([torch.stack([(a * b).sum() for b in side]) for a in side]) for side in (of_rows, of_columns))
-    d = torch.ones_like(p[0])
-    s = d
-    for _ in range(ITERATIONS):
-        d = d / (d @ p @ d).sqrt()
-        s = p @ d
-        d = q @ s / (s @ q @ s)
-    return _sum(d, of_rows), _sum(s, of_columns)
-
-
-def _sum(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
-    return torch.stack([w * term for w, term in zip(weights, terms, strict=True)]).sum(0)
-
-
-def _alike(side: Sequence[Tensor]) -> list[Tensor]:
-    """All as vectors, where all are, or as matrices."""
-    if all(one.ndim == 1 for one in side):
-        return list(side)
-    return [one.diag() if one.ndim == 1 else one for one in side]

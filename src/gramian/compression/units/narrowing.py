@@ -150,8 +150,16 @@ def narrow(
 
 
 def may_narrow(model: nn.Module) -> bool:
-    """Whether there can be units: two layers at least, of which one produces what the other takes."""
-    return len(_layers(model, ())[0]) > 1
+    """Whether there can be units: two layers at least, of which one produces what the other takes, or heads.
+
+    Args:
+        model: any module.
+
+    >>> may_narrow(nn.Linear(4, 4)), may_narrow(nn.MultiheadAttention(4, 2)), may_narrow(nn.MultiheadAttention(4, 1))
+    (False, True, False)
+    """
+    known = _layers(model, ())[0]
+    return len(known) > 1 or bool(find_heads(model, known, ())[0])
 
 
 def _layers(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, Block], dict[str, str]]:

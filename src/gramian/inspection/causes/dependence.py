@@ -20,10 +20,11 @@ NEIGHBORS, NUM_SHUFFLES = 5, 50
 # Below this p-value of any of the statistics, the labels depend on the inputs.
 LEVEL = 0.02
 # Labels that are made up, a quarter of them noise. Nothing is said unless the tests see nearly all of them.
-NUM_MADE_UP, POWER = 20, 0.9
+NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**20  # and so many numbers are drawn at once
 # Features up to which products of two are looked at; columns of codes that count each for itself; numbers that count as
 # classes.
 MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
+PART = 2048  # rows or columns that are multiplied at a time
 EULER = 0.5772156649
 # Directions that count as the inputs' structure, and how far beyond the edge of noise their variances are. The rest is
 # noise if its fourth moments, and how much the samples differ in it, are no larger than a Gaussian's by these factors.
@@ -94,55 +95,65 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
     if any(t.is_complex() or t.shape[1:] != of[0].shape[1:] for of in tensors for t in of):
         return None
     found = [_features(torch.cat([t.detach().cpu() for t in of])[:MOST]) for of in tensors]
-    simple = torch.cat([few for few, _ in found], 1)
-    x, y = torch.cat([simple, *(more for _, more in found)], 1), _classes(labels)[:MOST]
-    num_simple = simple.shape[1]
+    num_simple = sum(few.shape[1] for few, _ in found)
+    x, y = torch.cat([t for kind in zip(*found, strict=True) for t in kind], 1), _classes(labels)[:MOST]
+    del found
     num = int(y.max()) + 1 if len(y) else 0
     if len(y) < LEAST or num < 2 or num > len(y) // 5 or int(y.min()) < 0 or not bool(x.isfinite().all()):
         return None
     generator = torch.Generator().manual_seed(0)
     x = _standardized(x)
-    few, structure = _products(x[:, :num_simple]), _structure(x) if num_simple > MOST_FACTORS else None
-    known = _Known([_neighbors(x)], _principal(x), few)
+    gram = _gram(x)
+    few, structure = _products(x[:, :num_simple]), _structure(x, gram) if num_simple > MOST_FACTORS else None
+    known = _Known([_neighbors(x)], _principal(x, gram), few)
     if structure is not None:
         known = _Known([_neighbors(x), _neighbors(structure)], known.linear, _products(_standardized(structure)))
 
-    def tested(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of labels (K, N), the statistics, those of the first shuffled, and the p-values."""
-        shuffled = [labels[0][torch.randperm(len(x), generator=generator)] for _ in range(NUM_SHUFFLES)]
-        own, chance = (_statistics(known, of, num) for of in (labels, torch.stack(shuffled)))
-        z = (own - chance.mean(0)) / chance.std(0).clamp(min=1e-9)
-        p = torch.special.erfc(z / 2**0.5) / 2
-        p[:, 2] = -torch.expm1(-torch.exp(-(z[:, 2] * math.pi / 6**0.5 + EULER)))  # a maximum: Gumbel's law
-        if structure is not None:  # a sum of squares of few kinds: a gamma distribution
-            rate = chance[:, 4].mean() / chance[:, 4].var()
-            p[:, 4] = torch.special.gammaincc(rate * chance[:, 4].mean(), rate * own[:, 4])
-        return own, chance, p
+    def shuffled(labels: Tensor) -> Tensor:
+        """The statistics of one tensor of labels (N,) in random orders."""
+        orders = [torch.randperm(len(x), generator=generator) for _ in range(NUM_SHUFFLES)]
+        return _statistics(known, labels[torch.stack(orders)], num)
 
-    (found,), chance, p = tested(y[None])
-    p, power, linear_power, seen = float(_least(p)), 1.0, 1.0, ""
+    chance, own = shuffled(y), _statistics(known, y[None], num)
+    p, power, linear_power, seen = float(_least(_p_values(own, chance))), 1.0, 1.0, ""
     if p > LEVEL:
         simple = x[:, :num_simple]
 
         def share_seen(of: Tensor, *, are_products: bool) -> float:
-            found = tested(_made_up(of, num, generator, are_products=are_products))[2]
+            labels = _made_up(of, num, generator, are_products=are_products)
+            against = shuffled(labels[0])
+            found = _p_values(_statistics(known, labels, num), against)
             return float((_least(found if of is structure else found[:, :3]) < LEVEL).float().mean())
 
-        linear_power, of_products = (share_seen(simple, are_products=which) for which in (False, True))
+        power = linear_power = share_seen(simple, are_products=False)
         seen = f"; of labels made up of these inputs, a quarter of them noise, {linear_power:.0%} are seen where they "
-        seen += f"are linear, and {of_products:.0%} where they are products"
-        if of_products < POWER and structure is not None and len(y) >= ENOUGH and p > CLEARLY:
-            of_products = share_seen(structure, are_products=True)
-            seen += f", {of_products:.0%} of those of their {structure.shape[1]} leading directions"
-        power = min(linear_power, of_products)
+        seen += "are linear"
+        if linear_power >= POWER:  # else nothing is said, whatever the products are
+            of_products = share_seen(simple, are_products=True)
+            seen += f", and {of_products:.0%} where they are products"
+            if of_products < POWER and structure is not None and len(y) >= ENOUGH and p > CLEARLY:
+                of_products = share_seen(structure, are_products=True)
+                seen += f", {of_products:.0%} of those of their {structure.shape[1]} leading directions"
+            power = min(linear_power, of_products)
     return Dependence(
         p,
         LEVEL,
         power,
-        f"of {len(y)} samples, the {NEIGHBORS} nearest neighbors share the label in {float(found[0]):.1%} of cases, "
+        f"of {len(y)} samples, the {NEIGHBORS} nearest neighbors share the label in {float(own[0, 0]):.1%} of cases, "
         f"{float(chance[:, 0].mean()):.1%} if labels are shuffled (p = {p:.2g} for dependence{seen})",
         linear_power,
     )
+
+
+def _p_values(own: Tensor, chance: Tensor) -> Tensor:
+    """The p-values (K, S) of statistics, from those of labels without dependence."""
+    z = (own - chance.mean(0)) / chance.std(0).clamp(min=1e-9)
+    p = torch.special.erfc(z / 2**0.5) / 2
+    p[:, 2] = -torch.expm1(-torch.exp(-(z[:, 2] * math.pi / 6**0.5 + EULER)))  # a maximum: Gumbel's law
+    if own.shape[1] > 4:  # a sum of squares of few kinds: a gamma distribution
+        rate = chance[:, 4].mean() / chance[:, 4].var()
+        p[:, 4] = torch.special.gammaincc(rate * chance[:, 4].mean(), rate * own[:, 4])
+    return p
 
 
 def _least(p: Tensor) -> Tensor:
@@ -153,15 +164,19 @@ def _least(p: Tensor) -> Tensor:
 def _made_up(x: Tensor, num: int, generator: torch.Generator, *, are_products: bool) -> Tensor:
     """Labels (K, N) that depend on the inputs linearly, or by products of two linear ones, a quarter shuffled."""
     labels = []
-    for _ in range(NUM_MADE_UP):
-        scores = x @ torch.randn(x.shape[1], num, generator=generator)
-        if are_products:
-            scores = scores * (x @ torch.randn(x.shape[1], num, generator=generator))
-        y = scores.argmax(1)
-        order = torch.randperm(len(y), generator=generator)
-        y[order[::4]] = y[order[::4]][torch.randperm(len(order[::4]), generator=generator)]
-        labels.append(y)
-    return torch.stack(labels)
+    at_once = max(1, MOST_DRAWN // (x.shape[1] * num))
+    for first in range(0, NUM_MADE_UP, at_once):
+        drawn, shuffles = [], []
+        for _ in range(min(at_once, NUM_MADE_UP - first)):
+            drawn.append([torch.randn(x.shape[1], num, generator=generator) for _ in range(1 + are_products)])
+            rows = torch.randperm(len(x), generator=generator)[::4]
+            shuffles.append((rows, rows[torch.randperm(len(rows), generator=generator)]))
+        scores = math.prod((x @ torch.cat(of, 1) for of in zip(*drawn, strict=True)), start=torch.ones(()))
+        made = scores.view(len(x), -1, num).argmax(2).T.contiguous()
+        for y, (rows, of) in zip(made, shuffles, strict=True):
+            y[rows] = y[of]
+        labels.append(made)
+    return torch.cat(labels)
 
 
 def _classes(labels: Sequence[Tensor]) -> Tensor:
@@ -208,38 +223,48 @@ def _products(x: Tensor) -> Tensor:
 def _standardized(x: Tensor) -> Tensor:
     x = x - x.mean(0)
     deviation = (x.square().sum(0) / (len(x) - 1)).sqrt()  # and not std, which takes ten times as long on a processor
-    return (x / deviation.clamp(min=1e-6 * float(deviation.amax() + 1e-30))).clamp(-5, 5)
+    return x.div_(deviation.clamp(min=1e-6 * float(deviation.amax() + 1e-30))).clamp_(-5, 5)
 
 
 def _neighbors(x: Tensor) -> Tensor:
     """Indices (N, k) of the nearest other samples."""
-    distances = torch.cdist(x, x)
-    distances.fill_diagonal_(float("inf"))
-    return distances.topk(NEIGHBORS, largest=False).indices
+    nearness = 2 * (x @ x.T) - x.square().sum(1)  # less the square of the distance, up to one number for each sample
+    return nearness.fill_diagonal_(-math.inf).topk(NEIGHBORS).indices
 
 
-def _principal(x: Tensor) -> Tensor:
+def _gram(x: Tensor) -> Tensor:
+    """The smaller of x xᵀ and xᵀ x, in float64, for which a part of x is held at a time."""
+    tall = x.T if x.shape[0] < x.shape[1] else x
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+    for part in map(Tensor.double, tall.split(PART)):
+        gram.addmm_(part.T, part)
+    return gram
+
+
+def _principal(x: Tensor, gram: Tensor) -> Tensor:
     """Coordinates (N, r) along the leading principal directions, of unit length."""
-    rank = max(1, min(x.shape[0] // 10, x.shape[1], 32))
-    x = (x - x.mean(0)).double()
-    if x.shape[0] < x.shape[1]:
-        return torch.linalg.eigh(x @ x.T)[1][:, -rank:].float()
-    u = x @ torch.linalg.eigh(x.T @ x)[1][:, -rank:]
+    n, d = x.shape
+    rank = max(1, min(n // 10, d, 32))
+    if n < d:
+        gram = gram - gram.mean(0)
+        return torch.linalg.eigh(gram - gram.mean(1, keepdim=True))[1][:, -rank:].float()
+    mean = x.mean(0).double()
+    u = (x - x.mean(0)).double() @ torch.linalg.eigh(gram - n * torch.outer(mean, mean))[1][:, -rank:]
     return (u / u.norm(dim=0).clamp(min=1e-12)).float()
 
 
-def _structure(x: Tensor) -> Tensor | None:
+def _structure(x: Tensor, gram: Tensor) -> Tensor | None:
     """Coordinates (N, r) along directions beside which the inputs are independent noise; `None` where they are not.
 
     Source: Marchenko & Pastur 1967, for the edge of the variances of noise.
     """
     n, d = x.shape
-    x = x.double()
-    squares, u = torch.linalg.eigh(x @ x.T if n < d else x.T @ x)
-    edge = float(x.square().mean()) * (n**0.5 + d**0.5) ** 2
-    rank = int((squares > BEYOND * edge).sum())
+    edge = float(x.square().mean(dtype=torch.float64)) * (n**0.5 + d**0.5) ** 2
+    rank = int((torch.linalg.eigvalsh(gram) > BEYOND * edge).sum())
     if not 2 <= rank <= min(MOST_DIRECTIONS, n // 10):
         return None
+    x = x.double()
+    squares, u = torch.linalg.eigh(gram)
     leading = u[:, -rank:]
     rest = x - (leading @ (leading.T @ x) if n < d else x @ leading @ leading.T)
     sizes = rest.square().mean(1)
@@ -262,10 +287,13 @@ class _Known:
 
 def _statistics(known: _Known, labels: Tensor, num: int) -> Tensor:
     """The three statistics (K, 3) of each row of `labels` (K, N); five where the inputs have a structure."""
-    agreements = [(labels[:, graph] == labels[:, :, None]).float().mean((1, 2)) for graph in known.graphs]
-    one_hot = torch.nn.functional.one_hot(labels, num).float()
+    rows = labels.T.to(torch.int32).contiguous()  # of which those of the neighbors are gathered fastest
+    agreements = [
+        (rows[graph.flatten()].view(*graph.shape, -1) == rows[:, None]).float().mean((0, 1)) for graph in known.graphs
+    ]
+    one_hot = (labels[:, :, None] == torch.arange(num)).float()
     centered = one_hot - one_hot.mean(1, keepdim=True)
-    fitted = (known.linear.T @ centered).square().sum((1, 2))
+    fitted = (centered.mT @ known.linear).square().sum((1, 2))
     products = known.products.T @ centered
     of_all = [products.square().sum((1, 2))] if len(known.graphs) > 1 else []
     return torch.stack((agreements[0], fitted, products.abs().amax((1, 2)), *agreements[1:], *of_all), dim=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gramian.batch import main_input
 from gramian.errors import GramianError
 from gramian.inspection.causes.context import Context
-from gramian.inspection.passes.given import key
+from gramian.inspection.passes.given import given_of, key
 from gramian.inspection.passes.observed import Raw
 from gramian.report import Finding, Severity
 
@@ -118,6 +118,25 @@ def inputs(context: Context) -> Iterator[Finding]:
             STANDARDIZE,
         )
     yield from _repeated(context, flat)
+
+
+def later_inputs(context: Context) -> Iterator[Finding]:
+    """Find values that are not finite in batches beyond the first few, where these are in memory. Exact."""
+    seen = context.observed
+    num = len(seen.batches)
+    for given in given_of([*seen.batches, *context.further], seen.fed, set()) if context.further else ():
+        lost = [int((~t.isfinite()).sum()) if t.is_floating_point() else 0 for t in given.values]
+        bad = [i for i, many in enumerate(lost) if many]
+        if given.is_input and bad and bad[0] >= num:
+            yield _finding(
+                "input-non-finite",
+                "error",
+                f"{sum(lost)} values of {given.name} are NaN or infinite, in {len(bad)} of the {len(lost)} batches "
+                "looked at",
+                f"none in the first {num}, the first in batch {bad[0]}, counted from 0 (exact)",
+                "The data have missing or overflown values; everything computed from them is lost.",
+                "Find where they come from, and replace or drop those samples.",
+            )
 
 
 def _dominating_channel(context: Context) -> tuple[int, int, float, tuple[float, float]] | None:
@@ -311,4 +330,4 @@ def _joined(context: Context, x: Tensor) -> Tensor:
     return torch.cat((x.flatten(1).double(), *others), 1) if others else x.flatten(1)
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (inputs, other_inputs)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (inputs, other_inputs, later_inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, islice
 
 import torch
@@ -74,7 +74,14 @@ class _Centered:
         return cls(k, diagonal.sum(1), k.flatten(1).norm(dim=1).double().square(), diagonal.square().sum(1))
 
     def ordered(self, order: Tensor) -> _Centered:
-        return _Centered(self.values[:, order][:, :, order], self.trace, self.squares, self.diagonal)
+        return self._with(self.values[:, order][:, :, order])
+
+    def rolled(self, by: int) -> _Centered:
+        """In the order of rows so many places on."""
+        return self._with(self.values.roll((by, by), (1, 2)))
+
+    def _with(self, values: Tensor) -> _Centered:
+        return _Centered(values, self.trace, self.squares, self.diagonal)
 
 
 def relations(tensors: Mapping[str, Tensor], *, others: Sequence[str] | None = None) -> dict[str, Join]:
@@ -100,8 +107,12 @@ def relations(tensors: Mapping[str, Tensor], *, others: Sequence[str] | None = N
         return {}
     tensors = {name: t[:MOST] for name, t in tensors.items()}
     ways = {name: kernels(t) for name, t in tensors.items()}
-    found = {}
+    found: dict[str, Join] = {}
     for name in tensors:
+        if found and len(tensors) == 2 and others is None:  # the same, seen from the other side
+            (join,) = found.values()
+            found[name] = replace(join, shift=-join.shift)
+            break
         rest = [ways[n] for n in (tensors if others is None else others) if n != name]
         around = _around(rest)
         join = Join(*_test(_Centered.of(ways[name]), around), num=min(num, MOST))
@@ -122,8 +133,7 @@ def follows(t: Tensor, shift: int) -> bool:
     Source: as for `relations`.
     """
     own = _Centered.of(kernels(t[:MOST_SHIFTED]))
-    order = torch.arange(own.values.shape[1]).roll(shift)
-    return _test(own.ordered(order), own)[0] <= FOLLOWS
+    return _test(own.rolled(shift), own)[0] <= FOLLOWS
 
 
 def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = None) -> tuple[float, float] | None:
@@ -218,15 +228,11 @@ def _shifted(join: Join, own: Sequence[Tensor], rest: Sequence[Sequence[Tensor]]
     num = min(join.num, MOST_SHIFTED)
     mine = _Centered.of([k[:num, :num] for k in own])
     around = _around([[k[:num, :num] for k in of] for of in rest])
-    rows = torch.arange(num)
-
-    def at(order: Tensor) -> tuple[float, float]:
-        return _test(mine.ordered(order), around)
-
-    tried = {by: at(rows.roll(by)) for by in (*range(1, SHIFTS + 1), *range(-SHIFTS, 0))}
+    tried = {by: _test(mine.rolled(by), around) for by in (*range(1, SHIFTS + 1), *range(-SHIFTS, 0))}
     by, (p, z) = min(tried.items(), key=lambda item: item[1][0])
     if p > min(CERTAIN, join.p_value**2) or z < max(FAR, TIMES * join.deviations):
         return join
     generator = torch.Generator().manual_seed(0)
-    chance = min(at(torch.randperm(num, generator=generator))[0] for _ in range(NUM_SHUFFLES))
+    orders = (torch.randperm(num, generator=generator) for _ in range(NUM_SHUFFLES))
+    chance = min(_test(mine.ordered(order), around)[0] for order in orders)
     return Join(join.p_value, join.deviations, by, p, join.num) if p < chance**3 else join

@@ -41,7 +41,8 @@ SATURATED = 0.5
 ABOVE = 3.0
 
 # Where all layers leave this range and no norm restores the scale, all are told. Behind norms too where most are beyond
-# `UNIT`, which are weights that were drawn with unit variance.
+# `UNIT`, which are weights that were drawn with unit variance, or below `SMALLEST`, beside which biases and the usual
+# rate's steps are large.
 ALL_SMALL, ALL_LARGE, UNIT, MOST = 0.3, 2.0, 2.6, 0.7
 
 # Root mean square of an embedding's rows: torch draws 1, transformers 0.02.
@@ -251,10 +252,11 @@ def _all_layers(context: Context, hidden: list[float], middle: float) -> Iterato
     small = all(s < ALL_SMALL for s in hidden) and not normed and not context.observed.additions
     large = all(s > ALL_LARGE for s in hidden) and not normed
     drawn = middle > UNIT and sum(s > UNIT for s in hidden) > MOST * len(hidden)
-    if (small or large or drawn) and not context.has_learned:
+    lost = middle < SMALLEST and sum(s < SMALLEST for s in hidden) > MOST * len(hidden)
+    if (small or large or drawn or lost) and not context.has_learned:
         is_trained = any(b.name in context.trained for b in context.matrices)
         yield Finding(
-            f"gain-{'below' if small else 'above'}-one",
+            f"gain-{'below' if small or lost else 'above'}-one",
             "error",
             f"Every layer multiplies the signal by about {middle:.2g}",
             where="all layers",

@@ -19,8 +19,9 @@ SLOW, FAST = 1e-4, 0.5
 # In a group of several, a change is lost below this: 10,000 such steps change a weight by 1 %.
 # The others change by at least this many times as much.
 LOST, GAP = 1e-6, 100.0
-# Where Adam's ε is this many times the largest gradient, and so divides the step, a change is slow up to this one.
-EPSILON, DIVIDED = 10.0, 1e-3
+# Where Adam's ε is this many times the gradient, and so divides the step, a change is slow up to this one: a tenth of
+# what AdamW makes at 1e-3. From this ε on it is so whatever the first losses are.
+EPSILON, DIVIDED, UNUSUAL = 10.0, 2e-3, 1e-5
 # By how much a rate may be below the one that an optimizer takes by itself.
 FAR_BELOW = 100.0
 # From this change on a rate is too high whatever the first losses are.
@@ -164,7 +165,7 @@ def steps(context: Context) -> Iterator[Finding]:
             cause=f"The rate {fastest.rate:g}{fastest.of} is too large for this model.",
             advice="Divide the rate by 10 or more, or call gm.suggest_lr.",
         )
-    elif stuck and fastest.change < (DIVIDED if _is_divided(fastest, taken.gradient) else SLOW):
+    elif _is_slow(fastest, taken.gradient, is_stuck=stuck, is_fresh=bool(losses) and not context.has_learned):
         largest = max(by_group, key=lambda one: len(one.names))
         found = _too_low(context, largest, taken.gradient, told)
         if largest.is_scheduled:  # a warm-up, or the end of a decay, or one that has come too early
@@ -246,8 +247,8 @@ def _too_low(context: Context, slow: _Group, gradient: float, told: str) -> Find
         f"The optimizer's steps hardly change the weights{slow.of}",
         where=_place(context, slow),
         evidence=f"{told}; a step changes the median matrix{slow.of} by {slow.change:.1e} of its size",
-        cause=f"Adam's ε of {eps:g} is larger than the gradients, of which the largest is {gradient:.1e}: it divides "
-        "the step."
+        cause=f"Adam's ε of {eps:g} is larger than the gradients, whose entries have a size of {gradient:.1e}: it "
+        "divides the step."
         if eps > gradient
         else f"The rate {slow.rate:g}{slow.of} is too small for this model.",
         advice="Use an ε of 1e-8." if eps > gradient else "Multiply the rate by 10 or more, or call gm.suggest_lr.",
@@ -259,9 +260,12 @@ def _epsilon(one: _Group) -> float:
     return float(one.group.get("eps", 0.0) or 0.0) if "betas" in one.group else 0.0
 
 
-def _is_divided(one: _Group, gradient: float) -> bool:
-    """Whether Adam's ε is so much larger than the gradients that it sets the size of the step."""
-    return gradient > 0 and _epsilon(one) > EPSILON * gradient
+def _is_slow(one: _Group, gradient: float, *, is_stuck: bool, is_fresh: bool) -> bool:
+    """Whether steps are too small: by the rate where the loss stays, by Adam's ε also where a fresh model's falls."""
+    eps = _epsilon(one)
+    is_divided = 0 < EPSILON * gradient < eps
+    waits = is_stuck or (is_fresh and is_divided and eps >= UNUSUAL)
+    return waits and one.change < (DIVIDED if is_divided else SLOW)
 
 
 def _steps_taken(context: Context) -> int:

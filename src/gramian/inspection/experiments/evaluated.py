@@ -294,9 +294,9 @@ def _watched(model: nn.Module, rows: int, dim: int) -> Iterator[list[tuple[str, 
             if made is None or made.ndim <= dim or made.shape[dim] != rows:
                 return
             flat = made.detach().movedim(dim, 0).reshape(rows, -1)
-            inner = flat[:, 1:-1] if not dim and made.shape == (rows, rows) else flat
-            sums = (t.sum(1, dtype=torch.float64) for t in (inner, inner.abs(), flat, flat.abs()))
-            found.append((name, torch.stack(tuple(sums))))
+            sums = _sums(flat)
+            inner = _sums(flat[:, 1:-1]) if not dim and made.shape == (rows, rows) else sums
+            found.append((name, torch.stack((*inner, *sums))))
 
         return keep
 
@@ -308,6 +308,11 @@ def _watched(model: nn.Module, rows: int, dim: int) -> Iterator[list[tuple[str, 
     handles += [model.register_forward_pre_hook(keep_given, with_kwargs=True)] if rows else []
     with hooks(handles):
         yield found
+
+
+def _sums(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Over each row, of the values and of their sizes."""
+    return flat.sum(1, dtype=torch.float64), flat.abs().sum(1, dtype=torch.float64)
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

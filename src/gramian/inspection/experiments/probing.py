@@ -209,7 +209,7 @@ def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[P
     """
     found: dict[str, Any] = {}
     failed: dict[str, Exception] = {}
-    asked = Asked(model, observed, objective)
+    asked, modules = Asked(model, observed, objective), list(model.modules())
     with evaluating(model), eager():
         for what, one in zip((f.name for f in fields(Probes)), _PROBES, strict=True):
             try:
@@ -218,7 +218,8 @@ def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[P
                 failed[what] = error
             else:
                 found |= {} if value is None else {what: value}
-            model.eval()  # whatever the loss has set
+            if any(module.training for module in modules):  # whatever the loss has set
+                model.eval()
     return Probes(**found), failed
 
 

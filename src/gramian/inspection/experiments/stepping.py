@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import cycle, islice
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,8 +20,11 @@ from gramian.recording.measuring import training
 __all__ = ["NUM_STEPS", "Steps", "take_steps"]
 
 # Steps, and after how many of them none follows if the loss has not risen by this share: to three times its first value
-# it rises over several steps.
-NUM_STEPS, FEWEST, RISEN = 5, 3, 0.05
+# it rises over several steps, at a constant factor to one and a half times in the first two. A smaller share is enough
+# where the first step changes the median matrix by less than is usual, or some matrix by more.
+NUM_STEPS, FEWEST, RISEN, RISEN_UNUSUAL, USUAL = 5, 3, 0.25, 0.05, (1e-3, 0.25)
+# A gradient that is this many times what Adam's second moments say belongs to a multiple of the run's loss.
+ANOTHER = 4.0
 
 
 @dataclass
@@ -30,7 +35,7 @@ class Steps:
         losses: mean loss before each step, and after the last; of the first batch where there are several.
         changes: ‖ΔW‖_F / ‖W‖_F in the first step, by parameter of two or more dimensions, of those that are not zero
             and get a gradient that is not.
-        gradient: largest entry of the first gradient.
+        gradient: root mean square of the entries of the first gradient, of the median matrix.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -58,11 +63,12 @@ def take_steps(
     given = list(batches)
     taken = Steps()
     before: dict[str, Tensor] = {}
+    scale = 1.0
     with training(model):
         twin, stepper = copy.deepcopy((model, optimizer))
         names = {n: p for n, p in twin.named_parameters() if p.requires_grad and p.ndim >= 2}
         for i, batch in enumerate(islice(cycle(given), num_steps)):
-            if i >= FEWEST and max(taken.losses) <= (1 + RISEN) * taken.losses[0]:
+            if i >= FEWEST and max(taken.losses) <= (1 + _enough(taken)) * taken.losses[0]:
                 break
             stepper.zero_grad()
             with torch.enable_grad():
@@ -72,9 +78,13 @@ def take_steps(
                     loss.backward()
             taken.losses.append(float(loss.detach()))
             if i == 0:
-                sizes = {n: _largest(p.grad) for n, p in names.items() if p.grad is not None}
-                taken.gradient = max(sizes.values(), default=0.0)
+                sizes = {n: _size(p.grad) for n, p in names.items() if p.grad is not None}
+                taken.gradient = median([size for size in sizes.values() if size != 0.0] or [0.0])
                 before = {n: names[n].detach().clone() for n, size in sizes.items() if size != 0.0}
+                scale = _of_the_run(stepper)
+            for p in twin.parameters() if scale != 1.0 else ():
+                if p.grad is not None:
+                    p.grad.mul_(scale)
             stepper.step()
             if i == 0:
                 for n, old in before.items():
@@ -87,6 +97,34 @@ def take_steps(
     return taken
 
 
-def _largest(gradient: Tensor) -> float:
-    gradient = gradient.detach().coalesce().values() if gradient.is_sparse else gradient.detach()
-    return float(gradient.abs().amax()) if gradient.numel() else 0.0
+def _enough(taken: Steps) -> float:
+    """The share by which a loss has to rise for more steps to tell more."""
+    changes, (low, high) = taken.changes.values(), USUAL
+    is_usual = bool(changes) and median(changes) >= low and all(change <= high for change in changes)
+    return RISEN if is_usual else RISEN_UNUSUAL
+
+
+def _of_the_run(optimizer: Optimizer) -> float:
+    """By what a gradient is to be multiplied to be one of the loss that Adam's second moments come from.
+
+    A sum over outputs is so many times their mean, with which the run may have trained; Adam's steps are the same for
+    both, but not the first ones on moments of the other.
+    """
+    now = seen = 0.0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            moments, step = state.get("exp_avg_sq"), float(state.get("step", 0.0))
+            if p.grad is not None and isinstance(moments, Tensor) and moments.shape == p.shape and step > 0:
+                seen += float(moments.detach().double().sum()) / (1 - group["betas"][1] ** step)
+                now += float(_values(p.grad).double().square().sum())
+    return math.sqrt(seen / now) if 0 < ANOTHER**2 * seen < now < math.inf else 1.0
+
+
+def _size(gradient: Tensor) -> float:
+    values = _values(gradient)
+    return float(values.float().norm()) / math.sqrt(gradient.numel()) if values.numel() else 0.0
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.detach().coalesce().values() if gradient.is_sparse else gradient.detach()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -43,10 +42,13 @@ def all_finite(found: Iterable[Tensor], *, flag: Tensor | None = None) -> bool:
     """
     found, total, short = list(found), 0.0, []
     if flag is not None and found and found[0].is_cpu:
-        small = [t for t in found if t.numel() <= SMALL]
-        with suppress(RuntimeError):  # one is sparse, or repeats its memory: all of them are looked at below
+        are_small = max(map(Tensor.numel, found)) <= SMALL
+        small = found if are_small else [t for t in found if t.numel() <= SMALL]
+        try:
             torch._amp_foreach_non_finite_check_and_unscale_(small, flag, _ONE)
-            found = [t for t in found if t.numel() > SMALL]
+            found = [] if are_small else [t for t in found if t.numel() > SMALL]
+        except RuntimeError:  # one is sparse, or repeats its memory: all of them are looked at below
+            pass
         if flag.item():
             flag.zero_()
             return False

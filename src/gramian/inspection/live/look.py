@@ -180,8 +180,8 @@ class Looker:
     def _judge(
         self, rules: Iterable[Callable], seen: Observed, passes: int, changes: Mapping[str, float]
     ) -> list[Finding]:
-        sizes = [g for g in seen.gradients.values() if g is not None]
-        steps = Steps(changes=dict(changes), gradient=max(sizes, default=0.0)) if changes else None
+        sizes = [g for g in seen.gradients.values() if g]
+        steps = Steps(changes=dict(changes), gradient=median(sizes or [0.0])) if changes else None
         return self._run(rules, self._context(seen, passes, steps))
 
     def _context(self, seen: Observed, passes: int, steps: Steps | None = None) -> Context:

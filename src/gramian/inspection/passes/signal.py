@@ -145,7 +145,9 @@ def _measure_jacobian(measured: Measured, model: nn.Module, batch: Any, objectiv
     try:
         try:
             repeated = mapped(first_samples(batch, num), lambda t: t.repeat_interleave(copies, 0) if t.ndim else t)
-            found = try_jacobian(model, repeated, objective, copies=copies, most=most)
+            mixes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+            few = first_samples(batch, NUM_JACOBIANS) if mixes and num * copies > NUM_JACOBIANS else None
+            found = try_jacobian(model, repeated, objective, copies=copies, most=most, few=few)
         except Exception:  # a part of a batch may be none: the nodes of a graph without the other ends of its edges
             found = try_jacobian(model, batch, objective, most=most)
     except Exception as error:

@@ -128,9 +128,7 @@ def tracy_widom_sf(s: float) -> float:
     length = 18.0 + max(0.0, -s)
     x = s + length * (nodes + 1) / 2
     root = np.sqrt(weights * length / 2)
-    i, j = np.tril_indices(len(x))
-    kernel = np.zeros((len(x), len(x)))  # `eigvalsh` reads the lower half
-    kernel[i, j] = 0.5 * torch.special.airy_ai(torch.from_numpy((x[i] + x[j]) / 2)).numpy() * root[i] * root[j]
+    kernel = 0.5 * torch.special.airy_ai(torch.from_numpy(np.add.outer(x, x) / 2)).numpy() * np.outer(root, root)
     eigenvalues = np.linalg.eigvalsh(kernel)
     # Clipped below 1: deep in the left tail, the determinant is dominated by rounding.
     return float(min(1.0, max(0.0, -math.expm1(float(np.log1p(-np.minimum(eigenvalues, 1 - 1e-16)).sum())))))

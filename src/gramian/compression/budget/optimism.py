@@ -1,0 +1,136 @@
+"""Optimism: what of a rise on training data is there because the model was trained on their labels.
+
+Of the gradient that is left after training, what was learned from all samples alike is the mean over new samples too;
+the rest is the samples' own noise, and training has moved the weights along both. A cut takes both away. On the
+training data the loss then rises by `c ‖Q(ḡ + ξ)‖²`, with the gradient along what is cut, its mean ḡ and the noise ξ of
+N samples; on new data, whose noise is another, by `c ⟨Qḡ, Q(ḡ + ξ)⟩`, in expectation `c ‖Qḡ‖²`. Products of gradients
+of different folds have that expectation, as the noise of one fold is not that of another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gramian.batch import num_samples
+from gramian.calls import prepared
+from gramian.compression.calibration.calibrating import Measure
+from gramian.compression.layers.lowrank import matrix_of
+from gramian.compression.layers.modules import submodule
+from gramian.layers import layout_of
+from gramian.recording import evaluating
+
+__all__ = ["Kept", "kept_on_new_data"]
+
+FOLDS = 8
+"""As many gradients of the factored layers are in memory at once."""
+STUDENT = 1.895
+"""The 95 % quantile of Student's t with FOLDS - 1 degrees of freedom."""
+
+
+class Kept(NamedTuple):
+    """The share of what labels add to a rise on training data that is there on new data too, with half its interval.
+
+    Attributes:
+        share: at most about 1; negative where cutting a layer makes the model better on new data.
+        error: half the interval of 90 %.
+    """
+
+    share: float
+    error: float
+
+
+def kept_on_new_data(plans: Sequence[Any], measure: Measure) -> list[Kept | None]:
+    """The share of the label part of each plan's rise that new data show, from the gradients of folds of training data.
+
+    Args:
+        plans: of ranks, of one model.
+        measure: batches that the model was trained on, and how many samples there were in all.
+
+    Returns:
+        For each plan `‖Qḡ‖² / (‖Qḡ‖² + tr(QΣ)/N)` with a jackknife interval; `None` where there are fewer than FOLDS
+        batches, or no layer is cut whose weight is a parameter.
+
+    Raises: as the objective.
+    Cost: a backward pass of each batch, and FOLDS gradients in memory; for each plan two QR decompositions for each
+    layer, and two products for each fold.
+    Source: this library's own; for a loss to second order it is the optimism of AIC and TIC (Takeuchi 1976) along what
+    is cut, with the response of a training that has not converged, which the rise itself tells.
+    """
+    batches = [*measure.batches, *measure.more]
+    if len(batches) < FOLDS or measure.trained_on is None or not plans:
+        return [None] * len(plans)
+    model = plans[0].model
+    layers = {s.name: submodule(model, s.name) for s in plans[0].spectra}
+    layers = {name: layer for name, layer in layers.items() if layer._parameters.get("weight") is not None}
+    folds = [batches[i::FOLDS] for i in range(FOLDS)]
+    gradients = [_gradient(model, layers, fold, measure) for fold in folds]
+    sizes = [sum(num_samples(batch) for batch in fold) for fold in folds]
+    return [_kept(_along(plan, gradients), sizes, measure.trained_on) for plan in plans]
+
+
+def _kept(along: Tensor | None, sizes: Sequence[int], num: int) -> Kept | None:
+    if along is None:
+        return None
+    products = (along @ along.mT).double()
+    whole, *others = (_share(products, sizes, [i for i in range(FOLDS) if i != left], num) for left in range(-1, FOLDS))
+    mean = sum(others) / FOLDS
+    error = STUDENT * math.sqrt((FOLDS - 1) / FOLDS * sum((one - mean) ** 2 for one in others))
+    return Kept(whole, error) if math.isfinite(whole + error) else None
+
+
+def _share(products: Tensor, sizes: Sequence[int], chosen: Sequence[int], num: int) -> float:
+    """From the products of the folds' mean gradients, some of them."""
+    inner = products[chosen][:, chosen]
+    k = len(chosen)
+    signal = float(inner.sum() - inner.diagonal().sum()) / (k * (k - 1))
+    each = sum((float(inner[i, i]) - signal) * sizes[fold] for i, fold in enumerate(chosen)) / k
+    whole = signal + each / num  # what the gradient of all training data has
+    return signal / whole if whole > 0 else math.nan
+
+
+def _along(plan: Any, gradients: Sequence[dict[str, Tensor]]) -> Tensor | None:
+    """Gradients along the outputs and the inputs where layers lose something, each as one vector: (folds, numbers).
+
+    Of a layer's longer side these are as many as the shorter one has, chosen by what the layer has learned, noise
+    included: of a layer that has learned nothing else, the share is then found too large. With all of that side's other
+    directions, most of them some along which the layer has nothing, that of trained networks came out far too small.
+    """
+    found = []
+    for s in plan.spectra:
+        rank = plan.forms[s.name].rank
+        if rank is not None and s.name in gradients[0]:
+            left, right = (torch.linalg.qr(side).Q for side in (s.left[:, rank:].float(), s.right[rank:].mT.float()))
+            found.append(torch.stack([(left.mT @ each[s.name] @ right).flatten() for each in gradients]))
+    return torch.cat(found, 1) if found else None
+
+
+def _gradient(
+    model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Any], measure: Measure
+) -> dict[str, Tensor]:
+    """The mean gradient of some batches by each layer's matrix."""
+    weights = [layer.get_parameter("weight") for layer in layers.values()]
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    sums = {name: torch.zeros_like(matrix_of(layer), dtype=torch.float32) for name, layer in layers.items()}
+    total = 0.0
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        with evaluating(model), torch.enable_grad():
+            for batch in batches:
+                loss, units = measure.objective.loss(model, prepared(model, batch), empty=True)
+                total += float(units)
+                grads = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else ()
+                for (name, layer), grad in zip(layers.items(), grads, strict=False):
+                    layout = layout_of(layer)
+                    if grad is not None and layout is not None:
+                        grad = grad.to_dense() if grad.is_sparse else grad
+                        sums[name] += layout.split(grad.float()).reshape(sums[name].shape)
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    return {name: one / max(total, 1e-300) for name, one in sums.items()}

@@ -1,0 +1,82 @@
+"""What new data show of a rise that is measured on the data that a model was trained on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramian as gm
+from cases import seeded
+from gramian.compression.budget.optimism import kept_on_new_data
+from gramian.compression.calibration.calibrating import Measure
+from gramian.errors import InputError
+
+SAMPLES, INPUTS, OUTPUTS = 320, 16, 16
+REGRESSION = gm.Objective.regression()
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def fitted(signal: float) -> tuple[nn.Module, Batches, tuple[Tensor, Tensor]]:
+    """A linear layer after some steps on noisy targets that follow two directions, its batches, and new data."""
+    g = seeded(0)
+    truth = signal * torch.randn(OUTPUTS, OUTPUTS, generator=g) @ torch.randn(OUTPUTS, INPUTS, generator=g)
+
+    def draw(num: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(num, INPUTS, generator=g)
+        return x, x @ truth.mT + 2 * torch.randn(num, OUTPUTS, generator=g)
+
+    x, y = draw(SAMPLES)
+    net = nn.Sequential(nn.Linear(INPUTS, OUTPUTS, bias=False))
+    nn.init.zeros_(net[0].weight)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for _ in range(10):
+        optimizer.zero_grad()
+        (REGRESSION.loss(net, (x, y))[0] / SAMPLES).backward()
+        optimizer.step()
+    return net, list(zip(x.split(10), y.split(10), strict=True)), draw(20000)
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.1], ids=["noise", "signal"])
+def test_the_rise_on_new_data_follows_from_how_many_samples_were_trained_on(signal: float) -> None:
+    net, batches, new = fitted(signal)
+    plain = gm.compress(net, batches, REGRESSION, of="factorable", keep=0.4)
+    told = gm.compress(net, batches, REGRESSION, trained_on=SAMPLES, of="factorable", keep=0.4)
+    with torch.no_grad():
+        (after, units), (before, _) = (REGRESSION.loss(model, new) for model in (told.apply(), net))
+    rise = float(after - before) / float(units)
+    found = told.predicted
+    assert found.low <= rise <= found.high
+    assert abs(found.rise - rise) < max(0.15 * abs(plain.predicted.rise - rise), 0.15 * rise)
+    assert found.high - found.low < plain.predicted.high - plain.predicted.low
+    once = gm.compress(net, batches, REGRESSION, trained_on=10**9, of="factorable", keep=0.4).predicted
+    assert once.rise == pytest.approx(plain.predicted.rise, rel=0.05)  # whose noise is none
+
+
+def test_the_share_is_that_of_the_mean_gradient_in_all_of_it() -> None:
+    """With gradients that are drawn, against the share of their own distribution."""
+    g = seeded(1)
+    net = nn.Sequential(nn.Linear(16, 16, bias=False))
+    x, mean = torch.randn(4096, 16, generator=g), 0.3 * torch.randn(16, 16, generator=g)
+    with torch.no_grad():
+        y = net(x) - x @ mean.mT - 2 * torch.randn(4096, 16, generator=g)
+    batches = list(zip(x.split(64), y.split(64), strict=True))
+    plan = gm.compress(net, batches, REGRESSION, of="factorable", keep=0.6)
+    u, v = (torch.linalg.qr(side[:, plan.ranks["0"] :]).Q for side in (plan.spectra[0].left, plan.spectra[0].right.mT))
+    signal = float((u.mT @ mean.double() @ v).square().sum())
+    noise = u.shape[1] ** 2 * (4 + float(mean.square().sum(1).mean()))  # of one sample, whose inputs vary too
+    for num in (4096, 500):
+        (kept,) = kept_on_new_data([plan], Measure(batches, REGRESSION, trained_on=num))
+        assert kept is not None
+        assert kept.share == pytest.approx(signal / (signal + noise / num), abs=max(kept.error, 0.02))
+        assert kept.error < 0.1
+
+
+def test_a_number_of_samples_is_checked() -> None:
+    net, batches, _ = fitted(0.0)
+    with pytest.raises(InputError, match="trained_on must be a number of samples, got 0"):
+        gm.compress(net, batches, REGRESSION, trained_on=0)
+    with pytest.raises(InputError, match="give held_out or trained_on"):
+        gm.compress(net, batches, REGRESSION, trained_on=320, held_out=batches)
+    few = gm.compress(net, batches[:4], REGRESSION, trained_on=320, of="factorable", keep=0.5)
+    assert few.predicted.low < 0 < few.predicted.high  # too few folds: as without the number

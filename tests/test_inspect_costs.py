@@ -1,0 +1,107 @@
+"""What a diagnosis asks only where a cheaper question has left it open."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramian as gm
+from cases import seeded
+from gramian.inspection.causes import dependence
+from gramian.inspection.causes.joins import relations
+from gramian.inspection.causes.likeness import kernels
+from gramian.inspection.experiments.stepping import FEWEST, NUM_STEPS, take_steps
+from gramian.objective import as_objective
+from gramian.operators import NoJacobian, try_jacobian
+from gramian.recording.measuring import batch_statistics
+
+
+@pytest.mark.parametrize(
+    ("growth", "rate", "num_steps"),
+    [
+        (1.0, 1e-3, FEWEST),
+        (1.1, 1e-3, FEWEST),  # by a fifth in two steps: no way to three times in five
+        (1.3, 1e-3, NUM_STEPS),
+        (1.1, 1.0, NUM_STEPS),  # a step as large as the weights
+        (1.1, 1e-6, NUM_STEPS),  # one that hardly moves them
+    ],
+)
+def test_more_steps_are_taken_where_they_may_tell_more(growth: float, rate: float, num_steps: int) -> None:
+    values = itertools.accumulate(itertools.repeat(growth), lambda a, b: a * b, initial=1.0)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        slope = model(batch).sum()
+        return slope - slope.detach() + next(values)
+
+    model = nn.Linear(8, 8)
+    with torch.no_grad():
+        model.weight.copy_(torch.rand(8, 8, generator=seeded(0)) / 10)
+    taken = take_steps(model, torch.optim.SGD(model.parameters(), rate), [torch.ones(4, 8)], as_objective(loss))
+    assert len(taken.losses) == num_steps + 1
+
+
+def test_labels_made_of_products_are_tried_where_linear_ones_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[bool] = []
+    made_up = dependence._made_up
+
+    def counted(*args: Any, are_products: bool) -> Tensor:
+        tried.append(are_products)
+        return made_up(*args, are_products=are_products)
+
+    monkeypatch.setattr(dependence, "_made_up", counted)
+    y = torch.randint(4, (128,), generator=seeded(1))
+    for num_features, wanted in ((1000, [False]), (3, [False, True])):
+        tried.clear()
+        test = dependence.labels_depend([[torch.randn(128, num_features, generator=seeded(0))]], [y])
+        assert test is not None
+        assert tried == wanted
+        assert ("products" in test.evidence) == (True in wanted)
+
+
+def test_labels_made_up_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(64, 6, generator=seeded(0))
+    whole = dependence._made_up(x, 3, seeded(1), are_products=True)
+    monkeypatch.setattr(dependence, "MOST_DRAWN", 1)
+    assert (dependence._made_up(x, 3, seeded(1), are_products=True) == whole).float().mean() > 0.999
+
+
+def test_two_tensors_belong_together_from_both_sides() -> None:
+    x = torch.randn(300, 4, generator=seeded(0))
+    joins = relations({"x": x, "y": x[:, :2].roll(3, 0)})
+    assert joins["x"].shift == -joins["y"].shift != 0
+    assert joins["x"].shifted == joins["y"].shifted < 1e-10
+
+
+def test_the_local_kernel_is_that_of_distances() -> None:
+    x = torch.randn(40, 5, generator=seeded(0), dtype=torch.float64)
+    x = (x - x.mean(0)) / (x - x.mean(0)).square().mean(0).sqrt()
+    distances = torch.cdist(x, x).square()
+    width = distances.kthvalue(11, 1).values.median()
+    torch.testing.assert_close(kernels(x)[2], torch.exp(-distances / width))
+
+
+def test_rows_that_mix_are_found_by_few_of_them() -> None:
+    class Noted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return x
+
+    seen: list[int] = []
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(Noted(), nn.Linear(4, 4), norm, nn.Linear(4, 2))
+    batch = torch.randn(64, 4, generator=seeded(0)), torch.zeros(64, dtype=torch.long)
+    few = tuple(t[:8] for t in batch)
+    with batch_statistics(model):
+        assert isinstance(try_jacobian(model, batch, gm.Objective.classification(), few=few), NoJacobian)
+    assert seen == [8]
+    seen.clear()
+    wanted = try_jacobian(model, batch, gm.Objective.classification())
+    found = try_jacobian(model, batch, gm.Objective.classification(), few=few)
+    assert isinstance(wanted, Tensor)
+    assert isinstance(found, Tensor)
+    assert torch.equal(found, wanted)
+    assert seen == [64, 8, 64]
