@@ -212,6 +212,8 @@ def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
         return max(ends) > SATURATED
     if (size < 1 and is_last) or not context.has_gain(block, size):
         return False
+    if size > 1 and context.module_of(block.name) in context.observed.branch_ends:
+        return True  # the norm behind it is the next branch's, and divides the sum
     return not context.is_normed(block) or (size < 1 and context.is_lost_in_norm(block))
 
 

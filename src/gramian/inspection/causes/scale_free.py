@@ -23,7 +23,9 @@ def in_front_of_norms(context: Context) -> Iterator[Finding]:
     if len(sized) < 2 or context.has_learned:
         return
     usual, changes = usual_size(sized), context.steps.changes if context.steps is not None else {}
-    large = [(b, s) for b, s in sized if s > max(LARGEST, RATIO * usual) and context.is_normed(b)]
+    ends = context.observed.branch_ends  # behind these a norm divides a sum
+    hidden = [(b, s) for b, s in sized if context.is_normed(b) and context.module_of(b.name) not in ends]
+    large = [(b, s) for b, s in hidden if s > max(LARGEST, RATIO * usual)]
     others = [change for name, change in changes.items() if all(name != b.name for b, _ in large)]
     if changes:
         large = [(b, s) for b, s in large if others and changes.get(b.name, 1.0) * RATIO < median(others)]
