@@ -79,13 +79,13 @@ def try_jacobian(
     with measuring(model), full_precision(), cut(model, only_first=True) as cuts, torch.enable_grad():
         if few is not None:
             objective.predict(model, few)
-            reason = _without(cuts.uses, most)
+            reason = _without(model, cuts.uses, most)
             if reason is not None:
                 return reason
             cuts.uses.clear()
         objective.predict(model, batch)
         uses = cuts.uses
-        reason = _without(uses, most)
+        reason = _without(model, uses, most)
         if reason is not None:
             return reason
         start, end = uses[0].leaving, uses[-1].arriving
@@ -99,8 +99,8 @@ def try_jacobian(
         return torch.cat(jacobian, dim=1)[:, :m]
 
 
-def _without(uses: Sequence[Use], most: int) -> NoJacobian | None:
-    """Why a forward pass with these uses has no Jacobian of each sample."""
+def _without(model: nn.Module, uses: Sequence[Use], most: int) -> NoJacobian | None:
+    """Why a forward pass of a model with these uses has no Jacobian of each sample."""
     if len(uses) < 2:
         return NoJacobian("fewer than two layers were called with a tensor")
     first, last = uses[0], uses[-1]
@@ -117,10 +117,18 @@ def _without(uses: Sequence[Use], most: int) -> NoJacobian | None:
         return NoJacobian(f"it is too large, {m} × {n} for each sample")
     if _mixes(start, end):
         return NoJacobian(
-            f"what {first.name} puts out for several rows reaches one row of {last.name}: these are steps of time, "
-            "say, and no samples"
+            f"what {first.name} puts out for several rows reaches one row of {last.name}: {_why_mixed(model)}"
         )
     return None
+
+
+def _why_mixed(model: nn.Module) -> str:
+    """Why no row is one sample's from end to end, where the model runs in evaluation mode."""
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [n for n, m in model.named_modules() if isinstance(m, kind) and m.running_mean is None]
+    if norms:
+        return f"batch norms, {norms[0] or 'the model'} first, use the statistics of the batch, as they do in training"
+    return "rows are steps of time or nodes of a graph, say, and no samples, or the model mixes samples"
 
 
 def _mixes(start: Tensor, end: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from torch import nn
@@ -31,14 +32,18 @@ NEVER, ROWS = 1e-4, 10
 
 def saturated_units(context: Context) -> Iterator[Finding]:
     """Find layers most of whose outputs are at an end of their range."""
-    bounded = [a for a in context.observed.activations if a.function in ("tanh", "sigmoid")]
-    ends = [a for a in bounded if a.saturated > SATURATED and not _is_gate(context, a)]
+    bounded = [
+        a for a in context.observed.activations if a.function in ("tanh", "sigmoid") and not _is_gate(context, a)
+    ]
+    ends = [a for a in _steps_together(context, bounded) if a.saturated > SATURATED]
     if ends:
-        worst, source = max(ends, key=lambda a: a.saturated), context.source_of(ends[0])
+        worst, first = max(ends, key=lambda a: a.saturated), ends[0]
+        source = first.name if _is_cell(context, first) else context.source_of(first)
         yield Finding(
             "saturated-units",
             "info" if context.has_learned else "error" if worst.saturated > MOSTLY_SATURATED else "warning",
-            f"{worst.saturated:.0%} of the {worst.function} outputs after {context.told(source)} are saturated"
+            f"{worst.saturated:.0%} of the {worst.function} outputs "
+            f"{'in' if source == first.name else 'after'} {context.told(source)} are saturated"
             if len(ends) == 1
             else f"The {worst.function} outputs of {len(ends)} layers are saturated, up to {worst.saturated:.0%}",
             where="all layers" if len(ends) > 2 else source,
@@ -190,10 +195,20 @@ def _advice(gate: Gate, *, is_recurrent: bool, by_bias: bool) -> str:
 
 
 def _is_gate(context: Context, activation: Activation) -> bool:
-    """Whether an activation is a gate that is shut or open, which `gates` judges; or one of torch's own cells."""
+    """Whether an activation is a gate that is shut or open, which `gates` judges."""
     made = [gate for gate in context.observed.gates if gate.order == activation.order]
-    if any(min(gate.mean, 1 - gate.mean) < SHUT for gate in made):
-        return True
+    return any(min(gate.mean, 1 - gate.mean) < SHUT for gate in made)
+
+
+def _steps_together(context: Context, found: Sequence[Activation]) -> list[Activation]:
+    """Activations in their order; of torch's own cells, all gates and states of all steps are one."""
+    together: dict[str, list[Activation]] = {}
+    for i, one in enumerate(found):
+        together.setdefault(one.name if _is_cell(context, one) else str(i), []).append(one)
+    return [replace(of[0], saturated=fmean(a.saturated for a in of)) for of in together.values()]
+
+
+def _is_cell(context: Context, activation: Activation) -> bool:
     try:
         module = context.model.get_submodule(activation.name)
     except AttributeError:
