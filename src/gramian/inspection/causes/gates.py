@@ -18,6 +18,8 @@ __all__ = ["RULES"]
 
 # Share of the units of a layer: told from here on, and as an error from there.
 SATURATED, MOSTLY_SATURATED = 0.7, 0.9
+# So many sigmoids, and more than half of all functions between layers, are told: two train.
+SEVERAL = 3
 # A gate is shut if it passes less than this on average, and hardly any of its entries is above a half: one that is
 # open at few places may select them.
 SHUT, OPENED = 0.05, 0.01
@@ -51,6 +53,30 @@ def saturated_units(context: Context) -> Iterator[Finding]:
             cause="Pre-activations are large: weights, biases or inputs of a wrong scale.",
             action=Action("isometric_"),
         )
+
+
+def sigmoids(context: Context) -> Iterator[Finding]:
+    """Find networks whose layers have sigmoids between them, which are no gates. Exact."""
+    seen = context.observed
+    gates, last = {gate.order for gate in seen.gates}, max(seen.used.values(), default=0)
+    hidden = [a for a in seen.activations if a.order < last and a.order not in gates and not _is_cell(context, a)]
+    found = [a for a in hidden if a.function == "sigmoid"]
+    if len(found) < SEVERAL or 2 * len(found) <= len(hidden) or context.has_learned:
+        return
+    names = tuple(dict.fromkeys(a.name for a in found if type(context.modules.get(a.name)) is nn.Sigmoid))
+    yield Finding(
+        "gain-below-one",
+        "warning",
+        f"Sigmoids stand between the layers, {len(found)} in all",
+        where="all layers",
+        evidence="each passes at most a quarter of a change (exact); the mean of what they put out is "
+        f"{fmean(a.mean for a in found):.2g}",
+        cause="What layers behind them see is mostly one number for all samples, and the gradient shrinks at each: "
+        "norms bring back its size, and not what it says. A sigmoid is for gates and probabilities.",
+        action=Action("rectify", {"names": names}) if names else None,
+        advice="" if names else "Use ReLU or GELU between layers.",
+        source="Glorot and Bengio 2010, §3",
+    )
 
 
 def gates(context: Context) -> Iterator[Finding]:
@@ -216,4 +242,4 @@ def _is_cell(context: Context, activation: Activation) -> bool:
     return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (saturated_units, gates, experts)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (saturated_units, sigmoids, gates, experts)
