@@ -373,6 +373,13 @@ def between(made: Callable[[], nn.Module], num: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES))
 
 
+class Quick(nn.Module):
+    """A function that weighs its own argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
 class Squeezed(nn.Module):
     """Channels by a gate that they make themselves."""
 
@@ -386,8 +393,8 @@ class Squeezed(nn.Module):
 
 @pytest.mark.parametrize(
     ("made", "num", "told"),
-    [(nn.Sigmoid, 3, True), (nn.Sigmoid, 2, False), (nn.Tanh, 3, False), (Squeezed, 4, False)],
-    ids=["sigmoids", "two", "tanh", "gates"],
+    [(nn.Sigmoid, 3, True), (nn.Sigmoid, 2, False), (nn.Tanh, 3, False), (Squeezed, 4, False), (Quick, 4, False)],
+    ids=["sigmoids", "two", "tanh", "gates", "own"],
 )
 def test_sigmoids_between_layers_are_told_behind_norms_too(made: Callable[[], nn.Module], num: int, told: bool) -> None:
     x = torch.randn(N, WIDTH, generator=torch.Generator().manual_seed(0))

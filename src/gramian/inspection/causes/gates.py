@@ -58,8 +58,9 @@ def saturated_units(context: Context) -> Iterator[Finding]:
 def sigmoids(context: Context) -> Iterator[Finding]:
     """Find networks whose layers have sigmoids between them, which are no gates. Exact."""
     seen = context.observed
-    gates, last = {gate.order for gate in seen.gates}, max(seen.used.values(), default=0)
-    hidden = [a for a in seen.activations if a.order < last and a.order not in gates and not _is_cell(context, a)]
+    last = max(seen.used.values(), default=0)
+    between = [a for a in seen.activations if a.order < last and a.order not in seen.weighing]
+    hidden = [a for a in between if not _is_cell(context, a)]
     found = [a for a in hidden if a.function == "sigmoid"]
     if len(found) < SEVERAL or 2 * len(found) <= len(hidden) or context.has_learned:
         return

@@ -194,6 +194,7 @@ class Gating:
 
     def _product(self, name: str, order: int, gate: Bounded, value: Tensor, made: Tensor) -> list[Gate]:
         """Keeps a gate and what it multiplies; returns it, or nothing where values multiply a function of their own."""
+        self.seen.weighing.add(gate.order)
         if len(self.seen.gates) >= MOST_GATES:
             return []
         found, other = (

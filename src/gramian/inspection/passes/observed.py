@@ -273,6 +273,7 @@ class Observed:
 
     Attributes:
         calls, activations, attentions, additions, gates, cuts: in the order of the forward pass of the first batch.
+        weighing: order of the functions with two ends whose values multiply others, as gates do, or their own argument.
         draws: what is drawn without a gradient.
         drawn_target: the function that drew what the loss compares an output with, where nothing else was made of it.
         stopped: where a parameter's gradient is exactly zero, module and operation whose derivative is zero everywhere.
@@ -337,6 +338,7 @@ class Observed:
     multiplied: set[str] = field(default_factory=set)
     by_entry: set[str] = field(default_factory=set)
     gates: list[Gate] = field(default_factory=list)
+    weighing: set[int] = field(default_factory=set)
     draws: list[Draw] = field(default_factory=list)
     drawn_target: str = ""
     stopped: tuple[str, str] | None = None
