@@ -20,7 +20,7 @@ NEIGHBORS, NUM_SHUFFLES = 5, 50
 # Below this p-value of any of the statistics, the labels depend on the inputs.
 LEVEL = 0.02
 # Labels that are made up, a quarter of them noise. Nothing is said unless the tests see nearly all of them.
-NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**20  # and so many numbers are drawn at once
+NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**18  # and so many numbers are drawn at once
 # Features up to which products of two are looked at; columns of codes that count each for itself; numbers that count as
 # classes.
 MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
@@ -105,9 +105,10 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
     x = _standardized(x)
     gram = _gram(x)
     few, structure = _products(x[:, :num_simple]), _structure(x, gram) if num_simple > MOST_FACTORS else None
-    known = _Known([_neighbors(x)], _principal(x, gram), few)
+    known = _Known([_neighbors(gram if len(x) < x.shape[1] else x @ x.T)], _principal(x, gram), few)
     if structure is not None:
-        known = _Known([_neighbors(x), _neighbors(structure)], known.linear, _products(_standardized(structure)))
+        graphs = [*known.graphs, _neighbors(structure @ structure.T)]
+        known = _Known(graphs, known.linear, _products(_standardized(structure)))
 
     def shuffled(labels: Tensor) -> Tensor:
         """The statistics of one tensor of labels (N,) in random orders."""
@@ -226,9 +227,9 @@ def _standardized(x: Tensor) -> Tensor:
     return x.div_(deviation.clamp(min=1e-6 * float(deviation.amax() + 1e-30))).clamp_(-5, 5)
 
 
-def _neighbors(x: Tensor) -> Tensor:
-    """Indices (N, k) of the nearest other samples."""
-    nearness = 2 * (x @ x.T) - x.square().sum(1)  # less the square of the distance, up to one number for each sample
+def _neighbors(products: Tensor) -> Tensor:
+    """Indices (N, k) of the nearest other samples, from x xᵀ."""
+    nearness = 2 * products - products.diagonal()  # less the square of the distance, up to one number for each sample
     return nearness.fill_diagonal_(-math.inf).topk(NEIGHBORS).indices
 
 
@@ -259,7 +260,7 @@ def _structure(x: Tensor, gram: Tensor) -> Tensor | None:
     Source: Marchenko & Pastur 1967, for the edge of the variances of noise.
     """
     n, d = x.shape
-    edge = float(x.square().mean(dtype=torch.float64)) * (n**0.5 + d**0.5) ** 2
+    edge = float(gram.trace()) / (n * d) * (n**0.5 + d**0.5) ** 2
     rank = int((torch.linalg.eigvalsh(gram) > BEYOND * edge).sum())
     if not 2 <= rank <= min(MOST_DIRECTIONS, n // 10):
         return None
