@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gramian.inspection.passes.moments import all_finite
+
 __all__ = ["DEPENDENCE", "LEAST", "POWER", "Dependence", "labels_depend"]
 
 DEPENDENCE = "whether labels depend on inputs"
@@ -96,10 +98,11 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
         return None
     found = [_features(torch.cat([t.detach().cpu() for t in of])[:MOST]) for of in tensors]
     num_simple = sum(few.shape[1] for few, _ in found)
-    x, y = torch.cat([t for kind in zip(*found, strict=True) for t in kind], 1), _classes(labels)[:MOST]
-    del found
+    kept = [t for kind in zip(*found, strict=True) for t in kind if t.shape[1]]
+    x, y = kept[0] if len(kept) == 1 else torch.cat(kept, 1), _classes(labels)[:MOST]
+    del found, kept
     num = int(y.max()) + 1 if len(y) else 0
-    if len(y) < LEAST or num < 2 or num > len(y) // 5 or int(y.min()) < 0 or not bool(x.isfinite().all()):
+    if len(y) < LEAST or num < 2 or num > len(y) // 5 or int(y.min()) < 0 or not all_finite(x):
         return None
     generator = torch.Generator().manual_seed(0)
     x = _standardized(x)
