@@ -26,6 +26,8 @@ NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**18  # and so many numbers are drawn
 # Features up to which products of two are looked at; columns of codes that count each for itself; numbers that count as
 # classes.
 MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
+# Samples are few beside so many times as many features.
+FEW = 8
 PART = 2048  # rows or columns that are multiplied at a time
 EULER = 0.5772156649
 # Directions that count as the inputs' structure, and how far beyond the edge of noise their variances are. The rest is
@@ -122,6 +124,10 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
     p, power, linear_power, seen = float(_least(_p_values(own, chance))), 1.0, 1.0, ""
     if p > LEVEL:
         simple = x[:, :num_simple]
+        if FEW * len(x) < num_simple == x.shape[1]:
+            # Scores x r with a Gaussian r have the covariance x xᵀ: so have those of its root, with a shorter r.
+            squares, u = torch.linalg.eigh(gram)
+            simple = (u * squares.clamp(min=0).sqrt()).float()
 
         def share_seen(of: Tensor, *, are_products: bool) -> float:
             labels = _made_up(of, num, generator, are_products=are_products)
