@@ -284,7 +284,7 @@ def _measure_signal(
         f"Looked at {len(few)} batches, and no more were read: all for the data, the first for the signal."
         if len(few) > 1 and not further
         else f"Looked at {len(few)} batches, all for the data, the first for the signal; of up to {len(further)} more, "
-        "which are in memory, at whether rows belong together."
+        "which are in memory, at whether rows belong together and values are finite."
         if len(few) > 1
         else "Looked at one batch."
     )
