@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gramian.inspection.passes.moments import all_finite
+from gramian.linalg.engine.precision import in_full_precision
 
 __all__ = ["DEPENDENCE", "LEAST", "POWER", "Dependence", "labels_depend"]
 
@@ -242,12 +243,13 @@ def _neighbors(products: Tensor) -> Tensor:
     return nearness.fill_diagonal_(-math.inf).topk(NEIGHBORS).indices
 
 
+@in_full_precision
 def _gram(x: Tensor) -> Tensor:
-    """The smaller of x xᵀ and xᵀ x, in float64, for which a part of x is held at a time."""
+    """The smaller of x xᵀ and xᵀ x: float32 products of parts of x, added up in float64."""
     tall = x.T if x.shape[0] < x.shape[1] else x
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
-    for part in map(Tensor.double, tall.split(PART)):
-        gram.addmm_(part.T, part)
+    for part in tall.split(PART):
+        gram += part.T @ part
     return gram
 
 
