@@ -364,3 +364,36 @@ def test_an_offset_of_the_head_is_told_from_that_of_its_inputs() -> None:
 def test_nothing_is_told_of_an_empty_watch() -> None:
     context = Context(nn.Linear(2, 2), Observed())
     assert not [finding for rule in (*RULES, bounded_scores, offset) for finding in rule(context)]
+
+
+def between(made: Callable[[], nn.Module], num: int) -> nn.Sequential:
+    """Layers with norms, and a function behind each."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(num) for layer in (nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), made())]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES))
+
+
+class Squeezed(nn.Module):
+    """Channels by a gate that they make themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.layer(x).sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("made", "num", "told"),
+    [(nn.Sigmoid, 3, True), (nn.Sigmoid, 2, False), (nn.Tanh, 3, False), (Squeezed, 4, False)],
+    ids=["sigmoids", "two", "tanh", "gates"],
+)
+def test_sigmoids_between_layers_are_told_behind_norms_too(made: Callable[[], nn.Module], num: int, told: bool) -> None:
+    x = torch.randn(N, WIDTH, generator=torch.Generator().manual_seed(0))
+    model = between(made, num)
+    found = {f.code: f for f in gm.inspect(model, [(x, x[:, :CLASSES].argmax(1))], CLASSIFY).findings}
+    assert ("gain-below-one" in found) == told
+    if told:
+        assert found["gain-below-one"].severity == "warning"
+        assert found["gain-below-one"].action.arguments["names"] == ("2", "5", "8")

@@ -16,6 +16,8 @@ from gramian.inspection.passes.observing import observe
 CLASSIFY = gm.Objective.classification()
 TOKENS, T, WIDTH = 30, 10, 16
 KINDS = ["fused", "module", "infinity", "large"]
+# A softmax of −∞ alone is NaN, and so is the loss, which is an error.
+HIDDEN = {k: f"{'error' if k == 'infinity' else 'warning'} attention-masked" for k in KINDS}
 
 
 def padded(empty: int | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -85,7 +87,7 @@ def first(kind: str, seen: Callable[[Tensor], Tensor], batches: list, **kwargs: 
 def test_masks_of_padding(kind: str) -> None:
     assert first(kind, keys(lambda t: t != 0), padded(), pooled=True) == ""
     assert first(kind, keys(lambda t: t == 0), padded(), pooled=True) == "error attention-masked"
-    assert first(kind, keys(lambda t: t != 0), padded(empty=2), pooled=True) == "warning attention-masked"
+    assert first(kind, keys(lambda t: t != 0), padded(empty=2), pooled=True) == HIDDEN[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,7 +96,7 @@ def test_masks_of_the_future(kind: str) -> None:
     assert first(kind, triangle(torch.triu), sequences(), pooled=False) == "error target-leak"
     assert first(kind, triangle(lambda m: m.tril(1)), sequences(), pooled=False) == "error target-leak"
     hidden = first(kind, triangle(lambda m: m.tril(-1)), sequences(), pooled=False)
-    assert hidden == ("error target-leak" if kind == "large" else "warning attention-masked")
+    assert hidden == ("error target-leak" if kind == "large" else HIDDEN[kind])
 
 
 class Recurrent(nn.Module):

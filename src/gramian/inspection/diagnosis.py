@@ -226,7 +226,7 @@ def _measure_signal(
         measured.skipped |= {SIGNAL: f"the loss fails: {in_words(observed.error)}"}
         return list(labels_in_range(context))
     measured.entries = observed.entries
-    measured.is_recurrent, measured.varies = context.is_recurrent, not context.has_constant_output
+    measured.is_recurrent = context.is_recurrent
     measured.looked_at += ["data", "loss", "modules in training steps"]
     try:
         context.evaluated = evaluate(model, few, objective, observed.fed)
@@ -242,6 +242,7 @@ def _measure_signal(
         measured.skipped |= {TRIED[what]: in_words(error).partition(": ")[2] for what, error in failed.items()}
         elsewhere = context.probes.share_of_constant == 0.0 or (context.probes.slope or 0.0) > ADAMW_EPS
         measured.is_satisfied = observed.first_loss == 0.0 and elsewhere
+    measured.varies = not context.has_constant_output
     try:
         parts = [layer.name for layer in measured.layers if layer.frobenius_norm == 0.0 and "[" in layer.name]
         context.opening = open_zeros(model, observed, objective, parts)

@@ -84,7 +84,7 @@ def try_jacobian(
             except Exception:  # the model's batches have one size
                 pass
             else:
-                reason = _without(cuts.uses, most)
+                reason = _without(model, cuts.uses, most)
                 if reason is not None:
                     return reason
                 # Batch norms mix rows by so little that a few may not show it.
@@ -92,7 +92,7 @@ def try_jacobian(
             cuts.uses.clear()
         objective.predict(model, batch)
         uses = cuts.uses
-        reason = _without(uses, most, are_separate=are_separate)
+        reason = _without(model, uses, most, are_separate=are_separate)
         if reason is not None:
             return reason
         start, end = uses[0].leaving, uses[-1].arriving
@@ -106,8 +106,8 @@ def try_jacobian(
         return torch.cat(jacobian, dim=1)[:, :m]
 
 
-def _without(uses: Sequence[Use], most: int, *, are_separate: bool = False) -> NoJacobian | None:
-    """Why a forward pass with these uses has no Jacobian of each sample, of which it may be known that none mixes."""
+def _without(model: nn.Module, uses: Sequence[Use], most: int, *, are_separate: bool = False) -> NoJacobian | None:
+    """Why a forward pass of a model with these uses has no Jacobian of each sample; of `are_separate` none mixes."""
     if len(uses) < 2:
         return NoJacobian("fewer than two layers were called with a tensor")
     first, last = uses[0], uses[-1]
@@ -124,10 +124,18 @@ def _without(uses: Sequence[Use], most: int, *, are_separate: bool = False) -> N
         return NoJacobian(f"it is too large, {m} × {n} for each sample")
     if not are_separate and _mixes(start, end):
         return NoJacobian(
-            f"what {first.name} puts out for several rows reaches one row of {last.name}: these are steps of time, "
-            "say, and no samples"
+            f"what {first.name} puts out for several rows reaches one row of {last.name}: {_why_mixed(model)}"
         )
     return None
+
+
+def _why_mixed(model: nn.Module) -> str:
+    """Why no row is one sample's from end to end, where the model runs in evaluation mode."""
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [n for n, m in model.named_modules() if isinstance(m, kind) and m.running_mean is None]
+    if norms:
+        return f"batch norms, {norms[0] or 'the model'} first, use the statistics of the batch, as they do in training"
+    return "rows are steps of time or nodes of a graph, say, and no samples, or the model mixes samples"
 
 
 def _mixes(start: Tensor, end: Tensor) -> bool:

@@ -21,6 +21,7 @@ from gramian.inspection.causes.likelihoods import RULES as LIKELIHOODS
 from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.masks import RULES as MASKS
 from gramian.inspection.causes.modules import RULES as MODULES
+from gramian.inspection.causes.norm_sizes import RULES as NORM_SIZES
 from gramian.inspection.causes.norms import RULES as NORMS
 from gramian.inspection.causes.outputs import RULES as OUTPUTS
 from gramian.inspection.causes.pairs import RULES as PAIRS
@@ -30,6 +31,7 @@ from gramian.inspection.causes.probed import RULES as PROBED
 from gramian.inspection.causes.profiles import RULES as PROFILES
 from gramian.inspection.causes.reach import RULES as REACH
 from gramian.inspection.causes.reshapes import RULES as RESHAPES
+from gramian.inspection.causes.scale_free import RULES as SCALE_FREE
 from gramian.inspection.causes.stepping import RULES as STEPPING
 from gramian.inspection.causes.supervised import RULES as SUPERVISED
 from gramian.inspection.causes.zeroed import RULES as ZEROED
@@ -38,6 +40,6 @@ __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
     *INPUTS, *JOINED, *DATA, *LABELS, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *OUTPUTS, *PAIRS,
-    *PROBED, *ARGUMENTS, *LEAKS, *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *MASKS,
-    *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
+    *PROBED, *ARGUMENTS, *LEAKS, *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *SCALE_FREE,
+    *MASKS, *MODULES, *GATES, *NORMS, *NORM_SIZES, *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -15,6 +15,7 @@ from gramian.alignment import labels_of
 from gramian.batch import main_input, parts
 from gramian.block import Block, blocks
 from gramian.errors import GramianError, some
+from gramian.inspection.experiments.blocking import EQUAL
 from gramian.inspection.experiments.evaluated import Evaluated
 from gramian.inspection.experiments.leaking import Leak
 from gramian.inspection.experiments.opening import Opening
@@ -47,9 +48,6 @@ LEARNED = 0.4
 
 # Calls of a layer from which on it is a recurrence's.
 STEPS = 4
-
-# Outputs count as equal for all samples below this share of their size, a few roundings of float32.
-EQUAL = 1e-6
 
 
 @dataclass
@@ -106,7 +104,9 @@ class Context:
 
     @cached_property
     def has_constant_output(self) -> bool:
-        """Whether all samples get the same output."""
+        """Whether all samples get the same output, but for what dropout does to it."""
+        if self.probes.is_constant:
+            return True
         output = self.observed.output if self.observed.logits is None else self.observed.logits
         if output is not None and output.ndim and len(output) > 1 and output.numel():
             output = output.float()
@@ -238,12 +238,15 @@ class Context:
 
     @cached_property
     def are_compared(self) -> bool:
-        """Whether the labels have the name of labels, or the loss is seen to compare an output with them."""
+        """Whether the labels have the name of labels, or the loss is seen to compare an output with them.
+
+        Beside others that only the loss takes, an output must be seen to depend on these alone.
+        """
         labels = self.given_labels[0] if self.given_labels else None
-        if labels is None or any(
-            not g.is_input and not g.is_label and g.values[0] is not labels for g in self.given if self.given_is_known
-        ):
+        if labels is None:
             return False
+        if self.beside_labels:
+            return any(g.values[0] is labels and g.name in self.probes.labels for g in self.given)
         if any(given.is_label and given.values[0] is labels for given in self.given):
             return True
         targets = [found.target for found in self.observed.criteria]
@@ -252,6 +255,13 @@ class Context:
             or (t.numel() == labels.numel() and bool((t.flatten().cpu() == labels.flatten().cpu()).all()))
             for t in targets
         )
+
+    @cached_property
+    def beside_labels(self) -> list[str]:
+        """What only the loss takes beside the labels, on which these may depend."""
+        labels = self.given_labels[0] if self.given_labels else None
+        others = [g for g in self.given if not g.is_input and not g.is_label and g.values[0] is not labels]
+        return [g.name for g in others] if self.given_is_known else []
 
     @cached_property
     def num_labels(self) -> int:

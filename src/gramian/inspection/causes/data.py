@@ -15,7 +15,7 @@ from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.losses import VALUES
 from gramian.report import Finding
 
-__all__ = ["RULES", "labels_in_range", "lost_labels"]
+__all__ = ["RULES", "labels_in_range", "lost_labels", "rows_of"]
 
 # Samples from which on labels are judged.
 FEW = 30
@@ -105,8 +105,11 @@ def labels(context: Context) -> Iterator[Finding]:
             advice="Shuffle the training data: DataLoader(…, shuffle=True).",
         )
     if not context.are_compared:
+        beside = context.beside_labels
         context.skipped[DEPENDENCE] = (
-            "no loss of torch is seen to take the labels, or they may depend on what only the loss takes"
+            f"the loss takes {some(beside)} too, on which they may depend"
+            if beside
+            else "no loss of torch is seen to take the labels"
         )
         return
     if any(g.values[0] is kept[0] for g in context.given if g.name in context.probes.made):
@@ -118,7 +121,7 @@ def labels(context: Context) -> Iterator[Finding]:
     if context.has_learned:
         context.skipped[DEPENDENCE] = "the network predicts them already"
         return
-    test = labels_depend(*_rows(context, kept))
+    test = labels_depend(*rows_of(context, kept))
     if test is None:
         num = sum(map(len, kept))
         few = f"{num} samples, and {LEAST} or more are needed"
@@ -141,8 +144,13 @@ def labels(context: Context) -> Iterator[Finding]:
         )
 
 
-def _rows(context: Context, labels: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """The inputs and labels of each batch, of those beyond the first few too where these are in memory."""
+def rows_of(context: Context, labels: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """The inputs and labels of each batch, of those beyond the first few too where these are in memory.
+
+    Args:
+        context: what was seen.
+        labels: those of the first few batches.
+    """
     seen = context.observed
     inputs = [given.name for given in context.given if given.is_input]
     label = next((given.name for given in context.given if given.values[0] is labels[0]), "")

@@ -162,7 +162,8 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
     Args:
         found: all findings.
 
-    Returns: the list; a finding that follows from another is information, says from which, and has no remedy.
+    Returns: the list; a finding that follows from another is information, says from which, and has no remedy; the
+        warning from which an error follows is an error.
     Raises: nothing of its own.
     Cost: linear.
     Source: this library's own.
@@ -173,7 +174,10 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
     all_of = list(unique.values())
     serious = sorted((f for f in all_of if f.severity != "info"), key=_rank)
     causes = [f for f in serious if f.code in _SIGNAL | _GAINS | _UNITS or _is_deaf(f)]
-    result = [following(finding, _root(finding, causes, serious)) for finding in all_of]
+    roots = {f.code: root for f in all_of if (root := _root(f, causes, serious)) is not None}
+    grave = {root.code for code, root in roots.items() if unique[code].severity == "error"}
+    result = [following(f, roots.get(f.code)) for f in all_of]
+    result = [replace(f, severity="error") if f.code in grave and f.severity == "warning" else f for f in result]
     return sorted(result, key=lambda f: (SEVERITIES.index(f.severity), _rank(f)))
 
 

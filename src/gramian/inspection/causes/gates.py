@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from torch import nn
@@ -17,6 +18,8 @@ __all__ = ["RULES"]
 
 # Share of the units of a layer: told from here on, and as an error from there.
 SATURATED, MOSTLY_SATURATED = 0.7, 0.9
+# So many sigmoids, and more than half of all functions between layers, are told: two train.
+SEVERAL = 3
 # A gate is shut if it passes less than this on average, and hardly any of its entries is above a half: one that is
 # open at few places may select them.
 SHUT, OPENED = 0.05, 0.01
@@ -31,14 +34,18 @@ NEVER, ROWS = 1e-4, 10
 
 def saturated_units(context: Context) -> Iterator[Finding]:
     """Find layers most of whose outputs are at an end of their range."""
-    bounded = [a for a in context.observed.activations if a.function in ("tanh", "sigmoid")]
-    ends = [a for a in bounded if a.saturated > SATURATED and not _is_gate(context, a)]
+    bounded = [
+        a for a in context.observed.activations if a.function in ("tanh", "sigmoid") and not _is_gate(context, a)
+    ]
+    ends = [a for a in _steps_together(context, bounded) if a.saturated > SATURATED]
     if ends:
-        worst, source = max(ends, key=lambda a: a.saturated), context.source_of(ends[0])
+        worst, first = max(ends, key=lambda a: a.saturated), ends[0]
+        source = first.name if _is_cell(context, first) else context.source_of(first)
         yield Finding(
             "saturated-units",
             "info" if context.has_learned else "error" if worst.saturated > MOSTLY_SATURATED else "warning",
-            f"{worst.saturated:.0%} of the {worst.function} outputs after {context.told(source)} are saturated"
+            f"{worst.saturated:.0%} of the {worst.function} outputs "
+            f"{'in' if source == first.name else 'after'} {context.told(source)} are saturated"
             if len(ends) == 1
             else f"The {worst.function} outputs of {len(ends)} layers are saturated, up to {worst.saturated:.0%}",
             where="all layers" if len(ends) > 2 else source,
@@ -46,6 +53,30 @@ def saturated_units(context: Context) -> Iterator[Finding]:
             cause="Pre-activations are large: weights, biases or inputs of a wrong scale.",
             action=Action("isometric_"),
         )
+
+
+def sigmoids(context: Context) -> Iterator[Finding]:
+    """Find networks whose layers have sigmoids between them, which are no gates. Exact."""
+    seen = context.observed
+    gates, last = {gate.order for gate in seen.gates}, max(seen.used.values(), default=0)
+    hidden = [a for a in seen.activations if a.order < last and a.order not in gates and not _is_cell(context, a)]
+    found = [a for a in hidden if a.function == "sigmoid"]
+    if len(found) < SEVERAL or 2 * len(found) <= len(hidden) or context.has_learned:
+        return
+    names = tuple(dict.fromkeys(a.name for a in found if type(context.modules.get(a.name)) is nn.Sigmoid))
+    yield Finding(
+        "gain-below-one",
+        "warning",
+        f"Sigmoids stand between the layers, {len(found)} in all",
+        where="all layers",
+        evidence="each passes at most a quarter of a change (exact); the mean of what they put out is "
+        f"{fmean(a.mean for a in found):.2g}",
+        cause="What layers behind them see is mostly one number for all samples, and the gradient shrinks at each: "
+        "norms bring back its size, and not what it says. A sigmoid is for gates and probabilities.",
+        action=Action("rectify", {"names": names}) if names else None,
+        advice="" if names else "Use ReLU or GELU between layers.",
+        source="Glorot and Bengio 2010, §3",
+    )
 
 
 def gates(context: Context) -> Iterator[Finding]:
@@ -190,10 +221,20 @@ def _advice(gate: Gate, *, is_recurrent: bool, by_bias: bool) -> str:
 
 
 def _is_gate(context: Context, activation: Activation) -> bool:
-    """Whether an activation is a gate that is shut or open, which `gates` judges; or one of torch's own cells."""
+    """Whether an activation is a gate that is shut or open, which `gates` judges."""
     made = [gate for gate in context.observed.gates if gate.order == activation.order]
-    if any(min(gate.mean, 1 - gate.mean) < SHUT for gate in made):
-        return True
+    return any(min(gate.mean, 1 - gate.mean) < SHUT for gate in made)
+
+
+def _steps_together(context: Context, found: Sequence[Activation]) -> list[Activation]:
+    """Activations in their order; of torch's own cells, all gates and states of all steps are one."""
+    together: dict[str, list[Activation]] = {}
+    for i, one in enumerate(found):
+        together.setdefault(one.name if _is_cell(context, one) else str(i), []).append(one)
+    return [replace(of[0], saturated=fmean(a.saturated for a in of)) for of in together.values()]
+
+
+def _is_cell(context: Context, activation: Activation) -> bool:
     try:
         module = context.model.get_submodule(activation.name)
     except AttributeError:
@@ -201,4 +242,4 @@ def _is_gate(context: Context, activation: Activation) -> bool:
     return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (saturated_units, gates, experts)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (saturated_units, sigmoids, gates, experts)

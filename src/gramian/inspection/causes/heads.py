@@ -23,6 +23,13 @@ FLOOR, MOSTLY = 0.2, 0.5
 # Scale of cosines above which softmax looks at the largest alone; CLIP bounds its own at 100.
 SHARPEST = 300.0
 
+# Why scores are large and alike though the head's bias is not, and what to do.
+ALIKE = "What the head is given is large and nearly the same for all samples."
+NORMALIZE = (
+    "Normalize the features before the head, and look for what makes them alike: sums over many neighbors or "
+    "positions, an offset of the inputs or of the layers before it."
+)
+
 
 def offset(context: Context) -> Iterator[Finding]:
     """Find scores that prefer a class by an amount beside which the samples do not count."""
@@ -48,9 +55,8 @@ def offset(context: Context) -> Iterator[Finding]:
             title,
             where=module or "loss",
             evidence=evidence,
-            cause="What the head is given is large and nearly the same for all samples.",
-            advice="Normalize the features before the head, and look for what makes them alike: sums over many "
-            "neighbors or positions, an offset that the layers before it add.",
+            cause=ALIKE,
+            advice=NORMALIZE,
         )
     else:
         yield Finding(
@@ -91,17 +97,25 @@ def offset_of_binary(context: Context) -> Iterator[Finding]:
     module = context.module_of(biases[-1]) if biases else ""
     if not module and (seen.output is None or seen.output.data_ptr() != found.given.data_ptr()):
         return  # scores of another network
+    last, bias = _last_bias(context, channels)
+    by_inputs = 0.0 if bias is None or module else float((mean - bias.double().cpu() - rates.logit()).abs().amax())
+    is_given = _is_shared(by_inputs, own)
     yield Finding(
-        "head-offset",
+        "head-input-offset" if is_given else "head-offset",
         "error",
         f"All samples get {'yes' if float(mean[worst]) > 0 else 'no'}: the scores have a large offset",
-        where=module or "loss",
+        where=(last if is_given else module) or "loss",
         evidence=f"the mean score is {float(mean[worst]):.3g}, and {float(rates[worst].logit()):.3g} by the rate of "
-        f"the targets; between samples scores differ by {own:.2g}; loss {loss:.3g}, and {guessing:.3g} by guessing",
-        cause="The head's bias is large, or has the wrong sign."
+        f"the targets; between samples scores differ by {own:.2g}; loss {loss:.3g}, and {guessing:.3g} by guessing"
+        + (f"; without the head's bias it is {float(mean[worst] - _at(bias, worst)):.3g}" if is_given else ""),
+        cause=ALIKE
+        if is_given
+        else "The head's bias is large, or has the wrong sign."
         if module
         else "What the head is given is large and nearly the same for all samples, or its bias is.",
-        advice="Set the bias to the log-odds of the targets' rate, or to zero"
+        advice=NORMALIZE
+        if is_given
+        else "Set the bias to the log-odds of the targets' rate, or to zero"
         + (f": torch.nn.init.zeros_ of {module}.bias." if module else "."),
     )
 
@@ -147,6 +161,10 @@ def bounded_scores(context: Context) -> Iterator[Finding]:
         "starts there, such as exp of a parameter at ln 14 (CLIP); dividing by a temperature of 0.1 is a scale of 10.",
         source="Wang et al. 1704.06369, proposition 2",
     )
+
+
+def _at(bias: Tensor | None, i: int) -> float:
+    return 0.0 if bias is None else float(bias[i])
 
 
 def _is_shared(shared: float, own: float) -> bool:

@@ -153,13 +153,15 @@ def _unrelated(context: Context, tensors: dict[str, Tensor], joins: dict[str, Jo
         )  # fmt: skip
     if not taken:
         return None
-    if len(taken) > 1 and any(not tensors[n].is_floating_point() for n in taken if n not in labels):
+    own = [n for n in taken if n in context.probes.labels]  # each is all that its output is compared with
+    if len(taken) > 1 and any(not tensors[n].is_floating_point() for n in taken if n not in (*labels, *own)):
         return None  # choices, of which something came that may be chance as yet
-    if all(joins[name].is_unseen for name in taken):
-        if not all(_would_see(tensors[name], inputs) for name in taken):
+    unseen = taken if all(joins[n].is_unseen for n in taken) else [n for n in own if joins[n].is_unseen]
+    if unseen:
+        if not all(_would_see(tensors[name], inputs) for name in unseen):
             return None
-        what = f"The labels {some(taken, SHOWN)} do not depend on the inputs, as far as simple tests see"
-        return _finding("labels-independent", what, joins[taken[0]], taken[0], names, where="labels")
+        what = f"The labels {some(unseen, SHOWN)} do not depend on the inputs, as far as simple tests see"
+        return _finding("labels-independent", what, joins[unseen[0]], unseen[0], names, where="labels")
     total = sum(t[0].numel() for t in inputs)
     for name in names:
         t = tensors[name]

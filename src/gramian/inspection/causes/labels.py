@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from gramian.inspection.causes.alignment import places_depend
 from gramian.inspection.causes.context import Context
+from gramian.inspection.causes.data import rows_of
 from gramian.inspection.causes.dependence import DEPENDENCE, labels_depend
 from gramian.report import Finding
 
@@ -27,7 +28,7 @@ def paired(context: Context) -> Iterator[Finding]:
         if y[0].ndim == 1 or (y[0].ndim == 2 and y[0].is_floating_point() and y[0].shape[1] == 1):
             if tested is y[0] or context.probes.ignores_order:
                 continue
-            test = labels_depend(inputs, y)
+            test = labels_depend(*rows_of(context, y))
             is_seen = test is not None and (test.are_independent or test.p_value <= test.level)
             evidence = test.evidence if test is not None and test.are_independent else ""
         elif len(inputs[0]) == 1:

@@ -1,10 +1,9 @@
-"""Causes in norms: weights of zero, statistics that are not the data's, and values that a norm erases."""
+"""Causes in norms: weights of zero, statistics that are not the data's, and a mode that is not the model's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from math import prod
 
 from torch import Tensor, nn
 
@@ -29,9 +28,6 @@ HELD = 0.5
 # Batches after which that share is looked at before training, and how far the initial statistics then are from those of
 # a batch: means in standard deviations, and ratio of the variances.
 BATCHES, FAR_MEAN, FAR_VARIANCE = 1000, 0.5, 2.0
-
-# Values per channel up to which a batch norm leaves little but their signs: of two, ±1.
-FEW_VALUES = 3
 
 
 def norm_gain(context: Context) -> Iterator[Finding]:
@@ -81,40 +77,6 @@ def _one_number(w: Tensor | None) -> float | None:
         return None
     first = w.detach().flatten()[0]
     return float(first) if bool((w == first).all()) else None
-
-
-def norm_size(context: Context) -> Iterator[Finding]:
-    """Find norms over one value, which erase it, and batch norms over two or three. Exact."""
-    counts = {name: _values(context, name, module) for name, module in context.modules.items()}
-    single = [name for name, count in counts.items() if count == 1]
-    if single:
-        yield Finding(
-            "norm-single-value",
-            "error",
-            f"The norm {context.told(single[0])} divides each value by itself",
-            where=some(single, SHOWN),
-            evidence="it normalizes over one value (exact), so that its output is the same whatever comes in, or ±1",
-            cause="The dimension over which it normalizes has one entry: a wrong normalized_shape, or as many groups "
-            "as channels where there are no positions.",
-            advice="Normalize over the features: LayerNorm(features), or fewer groups.",
-        )
-    few = {
-        name: count
-        for name, count in counts.items()
-        if count and 1 < count <= FEW_VALUES and isinstance(context.model.get_submodule(name), _BATCH_NORM)
-    }
-    if few:
-        name, count = next(iter(few.items()))
-        yield Finding(
-            "norm-few-values",
-            "warning",
-            f"The batch norm {context.told(name)} averages over {count} values",
-            where=some(few, SHOWN),
-            evidence=f"{count} values for each channel in a batch (exact); so in {len(few)} batch norms",
-            cause="Normalized, two values are ±1 whatever they were, and three keep one number; the stored statistics "
-            "are as noisy.",
-            advice="Use larger batches, or GroupNorm or LayerNorm.",
-        )
 
 
 def norm_statistics(context: Context) -> Iterator[Finding]:
@@ -268,21 +230,6 @@ def modes(context: Context) -> Iterator[Finding]:
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
-def _values(context: Context, name: str, module: nn.Module) -> int | None:
-    """Over how many values a norm averages; `None` where it is not called, or no norm."""
-    call = context.first_calls.get(name)
-    if call is None:
-        return None
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return prod(module.normalized_shape)
-    shape = call.shape
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels // module.num_groups * prod(shape[2:])
-    if isinstance(module, _BATCH_NORM) and module.training and len(shape) > 1:
-        return shape[0] * prod(shape[2:])
-    return None
-
-
 def _is_zero(weight: object) -> bool:
     return isinstance(weight, nn.Parameter) and not bool(weight.detach().any())
 
@@ -299,7 +246,6 @@ def _distance(shift: float, ratio: float) -> str:
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     norm_gain,
     norm_scale,
-    norm_size,
     norm_statistics,
     norm_momentum,
     norm_mode,

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
-from statistics import median
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gramian.block import Block
 from gramian.errors import some
 from gramian.inspection.causes.context import ONE, SHOWN, Context
+from gramian.inspection.causes.sizes import (
+    LARGEST,
+    RATIO,
+    SMALLEST,
+    by_layer,
+    cell_of,
+    hidden_sizes,
+    sized_matrices,
+    usual_size,
+)
 from gramian.inspection.experiments.by_design import is_factor
 from gramian.report import Action, Finding
 
@@ -22,10 +30,12 @@ ISOMETRIC = Action("isometric_")
 # Root mean square of what is added to a signal, such as positions.
 USUAL_ADDED = 0.1
 
-# σ = rms(W) √fan_in is 0.58 for torch's layers and up to 1.7 for other initializations. A layer is told when it leaves
-# this range and differs from the median of the others by more than this ratio, where there are a few. Heuristics.
-SMALLEST, LARGEST, RATIO = 0.05, 8.0, 8.0
+# Layers from which on one of them is told by the others.
 FEW_LAYERS = 3
+
+# Share of a recurrent cell's gates and states at their ends, in some step, from which on its weights are told: torch's
+# follow the number of states, and not that of the inputs, of which many may be zero.
+SATURATED = 0.5
 
 # A loss at the start that is this far above guessing is due to the size of the scores.
 ABOVE = 3.0
@@ -178,52 +188,17 @@ def _guessing(context: Context) -> float:
 
 def scale(context: Context) -> Iterator[Finding]:
     """Find layers, or all of them, whose weights are far from the size that keeps a signal."""
-    sized = _sized(context)
+    sized = sized_matrices(context)
     if not sized:
         return
-    hidden = [s for b, s in sized if b.role == "hidden"] or [s for _, s in sized]
-    middle = median(hidden)
-    if (len(sized) == 2 or len(hidden) == 2) and max(hidden) > LARGEST:  # the other of two says what is usual
-        middle = min(hidden if len(hidden) == 2 else (s for _, s in sized))
+    hidden, every, middle = hidden_sizes(sized), by_layer(sized), usual_size(sized)
     told = [
-        (b, s) for b, s in sized if len(sized) >= FEW_LAYERS or s > LARGEST > middle if _is_odd(context, b, s, middle)
+        (b, s) for b, s in sized if len(every) >= FEW_LAYERS or s > LARGEST > middle if _is_odd(context, b, s, middle)
     ]
-    if told and len(told) < max(FEW_LAYERS, len(sized) // 3):
+    if told and len(by_layer(told)) < max(FEW_LAYERS, len(every) // 3):
         yield _one_layer(told, middle, context.observed.added)
-    if len(told) != 1 and (len(hidden) >= 2 or any(map(_cell_of, (b for b, _ in sized)))):
+    if len(told) != 1 and (len(hidden) >= 2 or any(map(cell_of, (b for b, _ in sized)))):
         yield from _all_layers(context, hidden, middle)
-
-
-def _sized(context: Context) -> list[tuple[Block, float]]:
-    """The hidden matrices and the head, each with rms(W) √fan_in; without those that have no scale to judge.
-
-    The matrices of inputs and of the state of a recurrent cell are added up, and are one: √(‖W‖² + ‖U‖²) / √rows.
-    """
-    found: list[tuple[Block, float]] = []
-    cells: dict[str, int] = {}
-    for block, w in context.values():
-        if (
-            block.role in ("hidden", "head")
-            and not is_factor(block.name)
-            and bool(w.isfinite().all())
-            and bool(w.any())
-        ):
-            size = float(w.float().square().mean().sqrt()) * math.sqrt(block.shape[-1])
-            cell = _cell_of(block)
-            if cell in cells:
-                other, before = found[cells[cell]]
-                found[cells[cell]] = (block if size > before else other, math.hypot(size, before))
-                continue
-            if cell:
-                cells[cell] = len(found)
-            found.append((block, size))
-    return found
-
-
-def _cell_of(block: Block) -> str:
-    """Of a matrix of torch's recurrent modules, the name without what tells inputs from the state; else empty."""
-    is_cell = isinstance(block.module, (nn.RNNBase, nn.RNNCellBase))
-    return re.sub(r"weight_[ih]h", "weight", block.name) if is_cell else ""
 
 
 def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
@@ -231,11 +206,21 @@ def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
     if SMALLEST < size < LARGEST or abs(math.log(size / middle)) <= math.log(RATIO):
         return False
     is_last = block.role == "head" or (context.opening is not None and block.name in context.opening.last)
+    if (
+        size > 1 and cell_of(block) and (ends := _ends(context, block))
+    ):  # its states have no gain, whatever is behind it
+        return max(ends) > SATURATED
     if (size < 1 and is_last) or not context.has_gain(block, size):
         return False
-    if size > 1 and _cell_of(block):  # its gates are saturated, whatever is behind it
-        return True
+    if size > 1 and context.module_of(block.name) in context.observed.branch_ends:
+        return True  # the norm behind it is the next branch's, and divides the sum
     return not context.is_normed(block) or (size < 1 and context.is_lost_in_norm(block))
+
+
+def _ends(context: Context, block: Block) -> list[float]:
+    """Of a recurrent cell's gates and states with two ends, in each step, the share that is at one."""
+    name, bounded = context.module_of(block.name), ("tanh", "sigmoid")
+    return [a.saturated for a in context.observed.activations if a.name == name and a.function in bounded]
 
 
 def _one_layer(told: list[tuple[Block, float]], middle: float, added: set[str]) -> Finding:

@@ -1,11 +1,32 @@
-"""Matrices of zeros behind which no output depends on the inputs, by experiment."""
+"""Whether outputs depend on the inputs at all, and matrices of zeros behind which none does, by experiment."""
 
 from __future__ import annotations
 
 from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.experiments.unzeroed import drawn_anew
 
-__all__ = ["blocking_zeros"]
+__all__ = ["EQUAL", "are_constant", "blocking_zeros"]
+
+EQUAL = 1e-6
+"""Outputs count as equal for all samples below this share of their size, a few roundings of float32."""
+
+
+def are_constant(asked: Asked) -> bool:
+    """Whether all samples get the same outputs in evaluation mode, in which dropout behind what is shut adds nothing.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: false too where outputs are not by sample.
+    Raises: nothing of its own.
+    Cost: none beside the replay's.
+    Source: this library's own.
+    """
+    outputs = asked.replay.outputs
+    num = {len(t) if t.ndim else 1 for t in outputs}
+    if not asked.replay.is_known or len(num) != 1 or num.pop() < 2:
+        return False
+    return all(float((t - t[0]).float().abs().amax()) <= EQUAL * float(t.float().abs().amax()) for t in outputs)
 
 
 def blocking_zeros(asked: Asked) -> tuple[str, ...] | None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gramian.inspection.experiments.asking import has_negatives
 from gramian.inspection.experiments.replaying import Asked
+from gramian.inspection.experiments.spheres import Sphere
 from gramian.inspection.passes.losses import VALUES
 
 __all__ = ["FAR", "NEAR", "falls", "plunges"]
@@ -46,6 +47,8 @@ def plunges(asked: Asked) -> tuple[float, float, float] | None:
     for i, (own, gradient) in enumerate(zip(replay.outputs, replay.slopes, strict=True)):
         if not own.numel() or not bool(gradient.isfinite().all()) or not bool(gradient.any()):
             continue
+        if own.ndim == 2 and own.shape[1] > 1 and Sphere.of([own]).radius is not None:
+            continue  # it cannot grow
         size = 1.0 + float(own.abs().amax())
         step = -gradient * (size / float(gradient.double().norm()))
 

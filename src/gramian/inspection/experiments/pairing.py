@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gramian.batch import mapped
 from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
+from gramian.inspection.experiments.spheres import Sphere
 from gramian.inspection.passes.given import given_of
 
 __all__ = ["Pairs", "constant_loss", "falls_together", "unlike_pairs"]
@@ -62,7 +63,8 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
     """Whether a loss of embeddings has its minimum where all samples have one output.
 
     The equal ones must be a place without slope, and it is compared with outputs as they are, with random ones, and
-    with random ones that are the same for all of a sample's outputs. Outputs without a gradient, as behind a stopped
+    with random ones that are the same for all of a sample's outputs. Where the model gives all of them one length, only
+    such outputs are tried, and slopes are those along the sphere. Outputs without a gradient, as behind a stopped
     one, are why equal outputs need not be reached.
 
     Args:
@@ -82,12 +84,14 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
         return None
     generator = torch.Generator().manual_seed(0)
 
+    sphere = Sphere.of(outputs)
+
     def draw(shape: torch.Size, like: Tensor) -> Tensor:
-        return torch.randn(shape, generator=generator).to(like) * size
+        return sphere.put(torch.randn(shape, generator=generator).to(like) * size)
 
     slopes: list[float] = []
-    for by in LARGER:  # a margin may hide small ones
-        gradients = replay.gradients([draw(t.shape, t) * by for t in outputs])
+    for by in LARGER if sphere.radius is None else LARGER[:1]:  # a margin may hide small ones
+        gradients = sphere.slopes(replay, [draw(t.shape, t) * by for t in outputs])
         slopes = [float(g.abs().amax()) for g in gradients]
         if max(float(g.any(1).float().mean()) for g in gradients) >= ACTIVE:
             size *= by
@@ -101,7 +105,7 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
         return None
     row = {t.shape[1]: draw(t.shape[1:], t) for t in outputs}
     equal = [row[t.shape[1]].expand_as(t).clone() for t in outputs]
-    at_equal = [float(g.abs().amax()) for g in replay.gradients(equal)]
+    at_equal = [float(g.abs().amax()) for g in sphere.slopes(replay, equal)]
     # Each by its own size: one that is restored has a slope there, however steep the loss is along another.
     if not all(here <= 100 * EQUAL * (slope or max(slopes)) for here, slope in zip(at_equal, slopes, strict=True)):
         return None
@@ -111,8 +115,8 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
         tries.append(replay.value([draw(t.shape, t) for t in outputs]))
         own = {t.shape: draw(t.shape, t) for t in outputs}
         tries.append(replay.value([own[t.shape] for t in outputs]))
-    tries.append(_descended(replay, [draw(t.shape, t) for t in outputs], size))
-    near = replay.value([t + 0.1 * draw(t.shape, t) for t in equal])
+    tries.append(_descended(replay, [draw(t.shape, t) for t in outputs], size, sphere))
+    near = replay.value([sphere.put(t + 0.1 * draw(t.shape, t)) for t in equal])
     bound = EQUAL * max(map(abs, (*tries, there)))
     is_lowest = (
         all(one >= there - bound for one in (*tries, near)) and sum(one > there + bound for one in tries) >= DRAWS
@@ -125,13 +129,13 @@ def _counts(replay: Replay, i: int, values: Tensor) -> bool:
     return replay.value([*replay.outputs[:i], values, *replay.outputs[i + 1 :]]) != replay.here
 
 
-def _descended(replay: Replay, outputs: list[Tensor], size: float) -> float:
+def _descended(replay: Replay, outputs: list[Tensor], size: float, sphere: Sphere) -> float:
     """The lowest loss on a way down from these outputs, each row of which moves by a share of its size."""
     lowest = replay.value(outputs)
     for _ in range(STEPS):
-        grads = replay.gradients(outputs)
+        grads = sphere.slopes(replay, outputs)
         rows = [g / g.norm(dim=1, keepdim=True).clamp(min=1e-12) for g in grads]
-        outputs = [t - 0.3 * size * t.shape[1] ** 0.5 * g for t, g in zip(outputs, rows, strict=True)]
+        outputs = [sphere.put(t - 0.3 * size * t.shape[1] ** 0.5 * g) for t, g in zip(outputs, rows, strict=True)]
         lowest = min(lowest, replay.value(outputs))
     return lowest
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gramian.batch import main_input, mapped, num_samples
-from gramian.inspection.experiments.blocking import blocking_zeros
+from gramian.inspection.experiments.blocking import are_constant, blocking_zeros
 from gramian.inspection.experiments.choices import Choices, along_choices
 from gramian.inspection.experiments.compared import label_names
 from gramian.inspection.experiments.concave import Concave, is_concave
@@ -84,6 +84,7 @@ TRIED = {
     "unheard": "whether each argument has an effect",
     "inverted": "whether a mask hides what is no padding",
     "blocking": "whether matrices of zeros keep the outputs from the inputs",
+    "is_constant": "whether samples get different outputs",
     "counted": "whether padding counts in the loss",
     "shifted": "whether next tokens are shifted twice",
 }
@@ -143,6 +144,7 @@ class Probes:
         unheard: arguments of the model that change no output.
         inverted: an input that is read at its padding alone, the mask, and how many samples have padding.
         blocking: matrices of zeros that keep the outputs from depending on the inputs.
+        is_constant: whether all samples get the same outputs in evaluation mode.
         counted: padding whose labels are one class, and count.
         shifted: labels that are the next tokens, and are shifted by the loss.
     """
@@ -186,6 +188,7 @@ class Probes:
     unheard: tuple[str, ...] = ()
     inverted: tuple[str, str, int] | None = None
     blocking: tuple[str, ...] = ()
+    is_constant: bool = False
     counted: Counted | None = None
     shifted: str | None = None
 
@@ -260,5 +263,5 @@ _PROBES = (
     along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope,
     log_determinant, at_labels, of_two_values, one_way, is_concave, shortcut, beyond_range, ignored_classes, recut,
     constant_loss, rows_together, made_into_inputs, unheard_arguments, inverted_mask, blocking_zeros,
-    counts_padding, shifted_twice,
+    are_constant, counts_padding, shifted_twice,
 )  # fmt: skip

@@ -15,6 +15,7 @@ from gramian.errors import GramianError
 from gramian.inspection.causes import Context
 from gramian.inspection.causes.gates import RULES as GATES
 from gramian.inspection.causes.modules import RULES as MODULES
+from gramian.inspection.causes.norm_sizes import RULES as NORM_SIZES
 from gramian.inspection.causes.norms import RULES as NORMS
 from gramian.inspection.causes.norms import SETTLED, norm_statistics
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
@@ -31,7 +32,7 @@ from gramian.report import Finding
 
 __all__ = ["CODES", "Looker"]
 
-EVERY_LOOK: tuple[Callable, ...] = (numbers, unreached, *MODULES, *GATES, *NORMS)
+EVERY_LOOK: tuple[Callable, ...] = (numbers, unreached, *MODULES, *GATES, *NORMS, *NORM_SIZES)
 
 CODES = frozenset((
     "gain-above-one", "gain-below-one", "non-finite-weights", "input-non-finite",
