@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
+from gramian.inspection.causes.inputs import _spread
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -358,3 +359,11 @@ def test_small_embeddings_before_a_norm_have_large_gradients(size: float, told: 
     report = gm.inspect(model, [(tokens(32, 8), tokens(32, 8, seed=1))], gm.Objective.classification())
     assert report.facts["gradient, first layer against last"] > 1e4
     assert ("gradient-explodes" in {f.code for f in report.findings}) == told
+
+
+def test_equal_samples_vary_by_nothing() -> None:
+    variance = _spread((0.1 * draw(7)).expand(301, 7).clone())[0]
+    assert not variance.any()
+    x = 1e3 + draw(301, 7)
+    for found, wanted in zip(_spread(x.clone()), torch.var_mean(x.double(), 0, correction=0), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)

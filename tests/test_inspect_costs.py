@@ -15,6 +15,7 @@ from gramian.inspection.causes import dependence
 from gramian.inspection.causes.joins import relations
 from gramian.inspection.causes.likeness import kernels
 from gramian.inspection.experiments.stepping import FEWEST, NUM_STEPS, take_steps
+from gramian.inspection.passes.moments import all_finite
 from gramian.objective import as_objective
 from gramian.operators import NoJacobian, try_jacobian
 from gramian.recording.measuring import batch_statistics
@@ -105,3 +106,40 @@ def test_rows_that_mix_are_found_by_few_of_them() -> None:
     assert isinstance(found, Tensor)
     assert torch.equal(found, wanted)
     assert seen == [64, 8, 64]
+
+
+def test_a_model_of_one_batch_size_has_its_jacobian_all_the_same() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(16, 4)
+
+    model = nn.Sequential(nn.Linear(4, 4), Fixed(), nn.Linear(4, 2))
+    batch = torch.randn(16, 4, generator=seeded(0)), torch.zeros(16, dtype=torch.long)
+    found = try_jacobian(model, batch, gm.Objective.classification(), few=tuple(t[:8] for t in batch))
+    assert isinstance(found, Tensor)
+    torch.testing.assert_close(found, model[0].weight.detach().expand(16, 4, 4))
+
+
+def test_labels_of_many_features_are_made_of_a_root_of_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+    made_up = dependence._made_up
+
+    def noted(of: Tensor, *args: Any, are_products: bool) -> Tensor:
+        given.append(of)
+        return made_up(of, *args, are_products=are_products)
+
+    monkeypatch.setattr(dependence, "_made_up", noted)
+    x, y = torch.randn(128, 2000, generator=seeded(0)), torch.randint(4, (128,), generator=seeded(1))
+    assert dependence.labels_depend([[x]], [y]) is not None
+    assert given[0].shape == (128, 128)
+    x = dependence._standardized(x)
+    torch.testing.assert_close(given[0] @ given[0].T, x @ x.T, rtol=1e-4, atol=0.1)
+
+
+def test_a_sum_that_overflows_is_looked_at_again() -> None:
+    largest = torch.finfo(torch.float32).max
+    assert all_finite(torch.full((4,), largest))
+    assert all_finite(torch.zeros(0))
+    for value in (torch.nan, torch.inf, -torch.inf):
+        assert not all_finite(torch.tensor([largest, value, -largest]))
+    assert not all_finite(torch.tensor([torch.inf, -torch.inf]))

@@ -93,6 +93,21 @@ def test_values_come_back_bit_for_bit() -> None:
     assert torch.equal(model.weight.detach().view(torch.int32), bits)
 
 
+def test_what_was_empty_is_empty_again() -> None:
+    model = nn.Linear(2, 1)
+    model.seen, model.known, model.names = [], {}, set()
+    held = model.seen, model.known, model.names
+    kept = Kept(model)
+    model.seen.append(1)
+    model.known["a"] = 1
+    model.names.add("a")
+    model.register_forward_hook(lambda *_: None)
+    kept.put_back()
+    assert held == ([], {}, set())
+    assert model.seen is held[0]
+    assert not model._forward_hooks
+
+
 def penalty(model: nn.Module, batch: Any) -> Tensor:
     x = batch[0].clone().requires_grad_()
     slope = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]

@@ -73,19 +73,26 @@ def try_jacobian(
         copies: each sample stands in the batch this many times, one after the other, so that a backward pass gives as
             many rows of its Jacobian.
         most: rows from which on it counts as too large.
-        few: samples by which it is asked first whether there is one, at a smaller cost where there is none.
+        few: other samples, by which it is asked whether there is one, at a smaller cost than by the batch.
     """
     model, objective = as_module(model, "end_to_end_jacobian"), as_objective(objective)
     with measuring(model), full_precision(), cut(model, only_first=True) as cuts, torch.enable_grad():
+        are_separate = False
         if few is not None:
-            objective.predict(model, few)
-            reason = _without(model, cuts.uses, most)
-            if reason is not None:
-                return reason
+            try:
+                objective.predict(model, few)
+            except Exception:  # the model's batches have one size
+                pass
+            else:
+                reason = _without(model, cuts.uses, most)
+                if reason is not None:
+                    return reason
+                # Batch norms mix rows by so little that a few may not show it.
+                are_separate = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
             cuts.uses.clear()
         objective.predict(model, batch)
         uses = cuts.uses
-        reason = _without(model, uses, most)
+        reason = _without(model, uses, most, are_separate=are_separate)
         if reason is not None:
             return reason
         start, end = uses[0].leaving, uses[-1].arriving
@@ -99,8 +106,8 @@ def try_jacobian(
         return torch.cat(jacobian, dim=1)[:, :m]
 
 
-def _without(model: nn.Module, uses: Sequence[Use], most: int) -> NoJacobian | None:
-    """Why a forward pass of a model with these uses has no Jacobian of each sample."""
+def _without(model: nn.Module, uses: Sequence[Use], most: int, *, are_separate: bool = False) -> NoJacobian | None:
+    """Why a forward pass of a model with these uses has no Jacobian of each sample; of `are_separate` none mixes."""
     if len(uses) < 2:
         return NoJacobian("fewer than two layers were called with a tensor")
     first, last = uses[0], uses[-1]
@@ -115,7 +122,7 @@ def _without(model: nn.Module, uses: Sequence[Use], most: int) -> NoJacobian | N
     m, n = end[0].numel(), start[0].numel()
     if m > most or n > 64 * MAX_JACOBIAN_SIDE:
         return NoJacobian(f"it is too large, {m} × {n} for each sample")
-    if _mixes(start, end):
+    if not are_separate and _mixes(start, end):
         return NoJacobian(
             f"what {first.name} puts out for several rows reaches one row of {last.name}: {_why_mixed(model)}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -19,6 +19,8 @@ __all__ = ["Kept", "keeping", "kept_random", "own_gradients", "seed_torch", "see
 
 # How far objects and containers in a module's attributes are followed.
 DEPTH = 4
+
+_CONTAINERS = (dict, OrderedDict, list, set)
 
 # Integers of the same size, by which values are compared bit for bit: NaN equals itself, and -0 is not 0.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,6 +55,7 @@ class Kept:
     def __init__(self, *objects: Any) -> None:
         self._known: dict[int, Any] = {}  # by id; holds the objects, whose ids would else be given to others
         self._undo: list[Callable[[], Any]] = []
+        self._empty: list[Any] = []  # containers, of which a module has a dozen
         for value in objects:
             self._keep(value, 0)
 
@@ -60,6 +63,9 @@ class Kept:
         """Everything as it was."""
         for undo in self._undo:
             undo()
+        for container in self._empty:
+            if container:
+                container.clear()
 
     def _keep(self, value: Any, depth: int) -> None:
         if value is None or isinstance(value, (bool, int, float, str, bytes, type)) or id(value) in self._known:
@@ -147,6 +153,9 @@ class Kept:
 
     def _holder(self, value: Any, depth: int) -> None:
         """A container, an array, or an object of a class of the user's."""
+        if type(value) in _CONTAINERS and not value:
+            self._empty.append(value)
+            return
         if isinstance(value, MutableMapping):
             held = dict(value)
             self._contents(value, held, list(held.items()), lambda: list(value.items()), value.update)

@@ -16,12 +16,12 @@ __all__ = ["batch_statistics", "by_modules", "eager", "evaluating", "measuring",
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """A context after which each module's mode and the global random state are what they were."""
+def _restored(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
+    """A context after which each module's mode, which it gives, and the global random state are what they were."""
     training = {module: module.training for module in model.modules()}
     try:
         with kept_random():
-            yield
+            yield training
     finally:
         for module, mode in training.items():
             if module.training is not mode:  # setting an attribute of a module takes long
@@ -47,8 +47,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     >>> layer.training
     True
     """
-    with _restored(model):
-        model.eval()
+    with _restored(model) as modes:
+        if any(modes.values()):
+            model.eval()
         yield
 
 

@@ -51,6 +51,8 @@ class Fitting:
     @cached_property
     def predict(self) -> str:
         """The argument `predict` with which this library calls the model; empty where it needs none."""
+        if getattr(as_objective(self.setting.objective).predict, "is_call", False):
+            return ""
         word = "objective.predict" if isinstance(self.setting.objective, Objective) else "objective"
         calls = self._calls_of("")
         try:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gramian.inspection.passes.moments import all_finite
+from gramian.linalg.engine.precision import in_full_precision
+
 __all__ = ["DEPENDENCE", "LEAST", "POWER", "Dependence", "labels_depend"]
 
 DEPENDENCE = "whether labels depend on inputs"
@@ -20,10 +23,12 @@ NEIGHBORS, NUM_SHUFFLES = 5, 50
 # Below this p-value of any of the statistics, the labels depend on the inputs.
 LEVEL = 0.02
 # Labels that are made up, a quarter of them noise. Nothing is said unless the tests see nearly all of them.
-NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**20  # and so many numbers are drawn at once
+NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**18  # and so many numbers are drawn at once
 # Features up to which products of two are looked at; columns of codes that count each for itself; numbers that count as
 # classes.
 MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
+# Samples are few beside so many times as many features.
+FEW = 8
 PART = 2048  # rows or columns that are multiplied at a time
 EULER = 0.5772156649
 # Directions that count as the inputs' structure, and how far beyond the edge of noise their variances are. The rest is
@@ -96,18 +101,20 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
         return None
     found = [_features(torch.cat([t.detach().cpu() for t in of])[:MOST]) for of in tensors]
     num_simple = sum(few.shape[1] for few, _ in found)
-    x, y = torch.cat([t for kind in zip(*found, strict=True) for t in kind], 1), _classes(labels)[:MOST]
-    del found
+    kept = [t for kind in zip(*found, strict=True) for t in kind if t.shape[1]]
+    x, y = kept[0] if len(kept) == 1 else torch.cat(kept, 1), _classes(labels)[:MOST]
+    del found, kept
     num = int(y.max()) + 1 if len(y) else 0
-    if len(y) < LEAST or num < 2 or num > len(y) // 5 or int(y.min()) < 0 or not bool(x.isfinite().all()):
+    if len(y) < LEAST or num < 2 or num > len(y) // 5 or int(y.min()) < 0 or not all_finite(x):
         return None
     generator = torch.Generator().manual_seed(0)
     x = _standardized(x)
     gram = _gram(x)
     few, structure = _products(x[:, :num_simple]), _structure(x, gram) if num_simple > MOST_FACTORS else None
-    known = _Known([_neighbors(x)], _principal(x, gram), few)
+    known = _Known([_neighbors(gram if len(x) < x.shape[1] else x @ x.T)], _principal(x, gram), few)
     if structure is not None:
-        known = _Known([_neighbors(x), _neighbors(structure)], known.linear, _products(_standardized(structure)))
+        graphs = [*known.graphs, _neighbors(structure @ structure.T)]
+        known = _Known(graphs, known.linear, _products(_standardized(structure)))
 
     def shuffled(labels: Tensor) -> Tensor:
         """The statistics of one tensor of labels (N,) in random orders."""
@@ -118,6 +125,10 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
     p, power, linear_power, seen = float(_least(_p_values(own, chance))), 1.0, 1.0, ""
     if p > LEVEL:
         simple = x[:, :num_simple]
+        if FEW * len(x) < num_simple == x.shape[1]:
+            # Scores x r with a Gaussian r have the covariance x xᵀ: so have those of its root, with a shorter r.
+            squares, u = torch.linalg.eigh(gram)
+            simple = (u * squares.clamp(min=0).sqrt()).float()
 
         def share_seen(of: Tensor, *, are_products: bool) -> float:
             labels = _made_up(of, num, generator, are_products=are_products)
@@ -226,18 +237,19 @@ def _standardized(x: Tensor) -> Tensor:
     return x.div_(deviation.clamp(min=1e-6 * float(deviation.amax() + 1e-30))).clamp_(-5, 5)
 
 
-def _neighbors(x: Tensor) -> Tensor:
-    """Indices (N, k) of the nearest other samples."""
-    nearness = 2 * (x @ x.T) - x.square().sum(1)  # less the square of the distance, up to one number for each sample
+def _neighbors(products: Tensor) -> Tensor:
+    """Indices (N, k) of the nearest other samples, from x xᵀ."""
+    nearness = 2 * products - products.diagonal()  # less the square of the distance, up to one number for each sample
     return nearness.fill_diagonal_(-math.inf).topk(NEIGHBORS).indices
 
 
+@in_full_precision
 def _gram(x: Tensor) -> Tensor:
-    """The smaller of x xᵀ and xᵀ x, in float64, for which a part of x is held at a time."""
+    """The smaller of x xᵀ and xᵀ x: float32 products of parts of x, added up in float64."""
     tall = x.T if x.shape[0] < x.shape[1] else x
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
-    for part in map(Tensor.double, tall.split(PART)):
-        gram.addmm_(part.T, part)
+    for part in tall.split(PART):
+        gram += part.T @ part
     return gram
 
 
@@ -259,7 +271,7 @@ def _structure(x: Tensor, gram: Tensor) -> Tensor | None:
     Source: Marchenko & Pastur 1967, for the edge of the variances of noise.
     """
     n, d = x.shape
-    edge = float(x.square().mean(dtype=torch.float64)) * (n**0.5 + d**0.5) ** 2
+    edge = float(gram.trace()) / (n * d) * (n**0.5 + d**0.5) ** 2
     rank = int((torch.linalg.eigvalsh(gram) > BEYOND * edge).sum())
     if not 2 <= rank <= min(MOST_DIRECTIONS, n // 10):
         return None

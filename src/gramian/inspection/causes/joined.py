@@ -14,6 +14,7 @@ from gramian.inspection.causes.dependence import DEPENDENCE, POWER
 from gramian.inspection.causes.joins import Join, follows, power, relations
 from gramian.inspection.causes.likeness import is_sequence
 from gramian.inspection.passes.given import Given, given_of, key
+from gramian.inspection.passes.moments import all_finite
 from gramian.report import Finding
 from gramian.report.model import plural
 
@@ -85,7 +86,7 @@ def _tensors(given: list[Given]) -> dict[str, Tensor] | None:
             return None
         t = torch.cat(values)
         t = t.long() if t.dtype == torch.bool else t
-        if t.is_floating_point() and not bool(t.isfinite().all()):
+        if t.is_floating_point() and not all_finite(t):
             return None
         if bool((t != t[:1]).any()):  # what all rows share says nothing
             made[one.name] = t

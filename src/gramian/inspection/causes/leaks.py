@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
+from gramian.inspection.passes.moments import all_finite
 from gramian.inspection.passes.padding import padding_of
 from gramian.report import Finding
 
@@ -44,7 +45,7 @@ def among_inputs(context: Context) -> Iterator[Finding]:
         ):
             continue
         x = torch.cat([t.flatten(1) if t.ndim > 1 else t[:, None] for t in values]).double()
-        if not labels[0][0].numel() < x.shape[1] <= MOST_ENTRIES or not bool(x.isfinite().all()):
+        if not labels[0][0].numel() < x.shape[1] <= MOST_ENTRIES or not all_finite(x):
             continue
         if len(torch.unique(x, dim=0)) < FEW:  # of few that come again, an entry is a line through the labels by chance
             continue

@@ -10,6 +10,7 @@ from gramian.batch import mapped
 from gramian.inspection.experiments.asking import is_by_sample
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import given_of
+from gramian.inspection.passes.moments import all_finite
 
 __all__ = ["Rows", "compared_rows"]
 
@@ -63,7 +64,7 @@ def compared_rows(asked: Asked) -> Rows | None:
     given = given_of([asked.batch], set(), set())
     for one in given:
         t = one.values[0]
-        if not t.is_floating_point() or len(t) < LEAST or not bool(t.isfinite().all()):
+        if not t.is_floating_point() or len(t) < LEAST or not all_finite(t):
             continue
         first = _moved(replay, t, SAMPLES[0])
         largest = max((float(moved.abs().amax()) for moved in first if moved is not None), default=0.0)

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from gramian.batch import tensors
 from gramian.inspection.passes.derivatives import gradients_of
+from gramian.inspection.passes.moments import all_finite
 from gramian.objective import Objective
 from gramian.recording.measuring import training
 
@@ -53,7 +54,7 @@ def taking_what_is_not_finite(model: nn.Module, batches: Iterable[Any]) -> Itera
     """
     given = [t for batch in batches for t in tensors(batch)] + list(model.parameters())
     checked = Distribution._validate_args
-    if not all(bool(t.isfinite().all()) for t in given if t.is_floating_point() and not t.is_meta):
+    if not all(all_finite(t) for t in given if t.is_floating_point() and not t.is_meta):
         Distribution.set_default_validate_args(False)
     try:
         yield

@@ -129,6 +129,6 @@ def _differentiate(loss: Tensor, parameters: Mapping[str, Tensor], seen: Observe
             seen.gradients.setdefault(name, None)
         elif seen.gradients.get(name) is None:
             grad = grad.coalesce().values() if grad.is_sparse else grad
-            wide = grad.detach().abs().double()
-            seen.gradients[name] = float(wide.square().mean().sqrt()) if wide.numel() else 0.0
-            seen.zero_gradients[name] = float((wide == 0).double().mean()) if wide.numel() else 0.0
+            num = grad.numel()
+            seen.gradients[name] = float(grad.detach().double().square_().mean().sqrt()) if num else 0.0
+            seen.zero_gradients[name] = 1 - int(torch.count_nonzero(grad)) / num if num else 0.0

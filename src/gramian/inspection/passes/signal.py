@@ -145,8 +145,7 @@ def _measure_jacobian(measured: Measured, model: nn.Module, batch: Any, objectiv
     try:
         try:
             repeated = mapped(first_samples(batch, num), lambda t: t.repeat_interleave(copies, 0) if t.ndim else t)
-            mixes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-            few = first_samples(batch, NUM_JACOBIANS) if mixes and num * copies > NUM_JACOBIANS else None
+            few = first_samples(batch, NUM_JACOBIANS) if num * copies > NUM_JACOBIANS else None
             found = try_jacobian(model, repeated, objective, copies=copies, most=most, few=few)
         except Exception:  # a part of a batch may be none: the nodes of a graph without the other ends of its edges
             found = try_jacobian(model, batch, objective, most=most)
@@ -161,7 +160,10 @@ def _measure_jacobian(measured: Measured, model: nn.Module, batch: Any, objectiv
                 "gradient of the first layer against the last": "the last does not depend on the first"
             }
     elif torch.isfinite(found).all():
-        values = torch.linalg.svdvals(found.double())  # far below the rounding of the passes that made it
+        wide = found.double()  # whose rounding is far below that of the passes that made it
+        if wide.shape[-1] > 2 * wide.shape[-2]:  # R has the same singular values, and is made sooner than they are
+            wide = torch.linalg.qr(wide.mT, mode="r").R
+        values = torch.linalg.svdvals(wide)
         measured.jacobian = tuple(values.median(0).values.tolist())
         measured.looked_at.append(JACOBIAN)
     else:

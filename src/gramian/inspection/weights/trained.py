@@ -126,9 +126,13 @@ def _sample(w: Tensor, known: Sequence[float]) -> tuple[Tensor, float | None] | 
     is_known &= math.isclose(float(sigma.norm()), float(w.norm()), rel_tol=1e-9)
     if _are_flat(sigma) if is_known else _is_flat(w):
         return None
-    level = float(EXTREME / TYPICAL * w.abs().median())
-    largest = float(sigma[0]) if is_known and (level >= 1 or level == 0) else None
-    return (w.clamp(-level, level) if level > 0 else w), largest
+    size = w.abs()
+    if 2 * int((size < TYPICAL / EXTREME).sum()) < w.numel():  # the median is above: no entry is extreme
+        return w, float(sigma[0]) if is_known else None
+    level = float(EXTREME / TYPICAL * size.median())
+    if level == 0:
+        return w, float(sigma[0]) if is_known else None
+    return w.clamp(-level, level), None
 
 
 def _is_flat(w: Tensor) -> bool:
