@@ -15,7 +15,7 @@ import gramian as gm
 from families import run
 from family_checks import VERBS, Wrong, check_blocks, check_capture, check_file, check_pretrained
 from family_models import FAMILIES, Family
-from gramian.layers import LAYERS, NAMED, Layer, NamedWeight
+from gramian.layers import LAYERS, NAMED, Layer, NamedWeight, names
 
 SMALL = [name for name, family in FAMILIES.items() if family.small]
 CHEAP = ("blocks", "file", "library's file", "capture", "muon", "compress")
@@ -48,6 +48,7 @@ def test_a_seed_fixes_model_and_batch() -> None:
 def without(monkeypatch: pytest.MonkeyPatch, name: str, *instead: NamedWeight) -> None:
     rows = tuple(row for row in NAMED if row.name != name)
     monkeypatch.setattr("gramian.layers.names.NAMED", (*instead, *rows))
+    monkeypatch.setattr(names, "_rows_named", names._rows_named.__wrapped__)  # which keeps rows of the whole table
 
 
 def test_a_decay_taken_for_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

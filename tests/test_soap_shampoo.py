@@ -136,9 +136,9 @@ def test_turning_the_basis_keeps_the_momentum_and_the_sum_of_the_variance() -> N
 
 
 def test_an_uncertified_root_is_not_used_and_counted() -> None:
-    """Float32 cannot certify a root to 1e-12: the identity, which the roots start from, stays."""
+    """Float64 cannot certify a root to 1e-17: the identity, which the roots start from, stays."""
     w = nn.Parameter(torch.zeros(6, 6))
-    optimizer = Shampoo([w], lr=LR, refresh=1, rtol=1e-12, damping=1e-9, momentum=0.0)
+    optimizer = Shampoo([w], lr=LR, refresh=1, rtol=1e-17, damping=1e-9, momentum=0.0)
     for g in gradients((6, 6))[:2]:
         w.grad = g.float()
         before = w.detach().clone()
