@@ -102,6 +102,15 @@ def test_the_norm_is_that_of_the_dense_operator(options, kernel, groups):
     assert exact <= (value + error) * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_norm_of_a_convolution_of_a_few_places(groups):
+    weight, images = normal(8, 4 // groups, 3, 3), torch.eye(4 * 6).view(-1, 4, 2, 3)
+    dense = functional.conv2d(images, weight, padding=1, groups=groups).flatten(1)
+    value, error = conv_norm(weight, (2, 3), padding=1, groups=groups)
+    exact = float(torch.linalg.matrix_norm(dense.double(), 2))
+    assert value * (1 - 1e-5) <= exact <= (value + error) * (1 + 1e-5)
+
+
 def test_circular_padding_is_the_transform():
     conv = nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular", bias=False)
     images = torch.eye(3 * 48).view(-1, 3, 6, 8)

@@ -100,7 +100,7 @@ def conv_norms(
             back = products.mT @ (products @ patches)
         else:  # such narrow products take five times as long as those of few rows
             back = (patches.mT.contiguous() @ turned @ products).mT
-        whole = functional.fold(back.view(num, -1, patches.shape[2]), padded, sides, **options)
+        whole = functional.fold(back.reshape(num, -1, patches.shape[2]), padded, sides, **options)
         return whole[:, :, top : top + size[0], left : left + size[1]].reshape(num, 1, -1)
 
     generator = torch.Generator(weight.device).manual_seed(0)
