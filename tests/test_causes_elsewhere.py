@@ -109,3 +109,6 @@ def test_an_input_that_is_restored_gets_no_hook_and_its_loss_does_not_collapse()
     assert told["input-scale"].action is None
     of_numbers = Setting(net(), [(x, x.cumsum(1)) for x in batches], REGRESS)
     assert [action.name for action in proposals(told["input-scale"], of_numbers)] == ["standardize"]
+    batches[0][1, 2] = float("nan")
+    lost = gm.report.Finding("input-non-finite", "error", "", where="data")
+    assert [action.name for action in proposals(lost, of_numbers)] == ["replace_non_finite"]

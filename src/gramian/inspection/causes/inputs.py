@@ -126,7 +126,8 @@ def later_inputs(context: Context) -> Iterator[Finding]:
     seen = context.observed
     num = len(seen.batches)
     for given in given_of([*seen.batches, *context.further], seen.fed, set()) if context.further else ():
-        lost = [int((~t.isfinite()).sum()) if t.is_floating_point() else 0 for t in given.values]
+        known = [not t.is_floating_point() or all_finite(t) for t in given.values]
+        lost = [0 if known[i] else int((~t.isfinite()).sum()) for i, t in enumerate(given.values)]
         bad = [i for i, many in enumerate(lost) if many]
         if given.is_input and bad and bad[0] >= num:
             yield _finding(
