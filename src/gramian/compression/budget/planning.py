@@ -118,7 +118,7 @@ def compress(
     """
     if isinstance(include, str) or isinstance(exclude, str):
         raise InputError("compress: include and exclude are lists of patterns: exclude=['lm_head']")
-    if trained_on is not None and (not isinstance(trained_on, int) or trained_on < 1):
+    if trained_on is not None and (isinstance(trained_on, bool) or not isinstance(trained_on, int) or trained_on < 1):
         raise InputError(f"compress: trained_on must be a number of samples, got {trained_on!r}")
     if trained_on is not None and held_out is not None:
         raise InputError("compress: give held_out or trained_on; batches that were held out tell more")
