@@ -37,7 +37,8 @@ class Rest:
         """Steps all parameters that have a gradient.
 
         Args:
-            groups: of parameters with one rate, with `lr`, `betas`, `eps`, `weight_decay` and `maximize`.
+            groups: of parameters with one rate, with `lr`, `betas`, `eps`, `weight_decay` and `maximize`; with
+                `fused=False` for steps that are the same, to the bit, for parts of the parameters.
             state: by parameter; torch's, of the same form, and the usual norm of its gradients.
             sizes: the norms of the gradients, (P,), where they and their squares are known to be finite.
 
@@ -56,9 +57,10 @@ class Rest:
             numbered = [pair for pair, is_bad in zip(numbered, bad.tolist(), strict=True) if not is_bad]
         if not self._fits(numbered, state):
             self._arrange(numbered, state)
+        entrywise = not all(group.get("fused", True) for group in groups)
         for lot in self._lots:
             grads = [_placed_as(p, p.grad) for p in lot.params]
-            known = torch.stack(whole_norms(grads)) if sizes is None else sizes
+            known = torch.stack(whole_norms(grads, wide=entrywise)) if sizes is None or entrywise else sizes
             known = known if len(known) == len(grads) else known[lot.places]
             parts = grads if sizes is not None else placement.locals_of(grads)
             lot.step(groups, limited(parts, known.to(lot.usual.dtype), lot.usual))
@@ -122,7 +124,8 @@ class _Lot(NamedTuple):
         for number, span in self.spans:
             members = (params[span], grads[span], means[span], squares[span], self.counts[span])
             if all(p.is_contiguous() for p in members[0]):
-                _fused(*members, groups[number])
+                stepped = _fused if groups[number].get("fused", True) else _entrywise
+                stepped(*members, groups[number])
                 continue
             # The fused step goes through memory and ignores strides: what is not contiguous is stepped as a copy, and
             # one by one, since such parameters may share memory.
@@ -205,6 +208,38 @@ def _fused(
         amsgrad=False,
         maximize=group["maximize"],
     )
+
+
+def _entrywise(
+    params: list[Tensor],
+    grads: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    counts: list[Tensor],
+    group: Mapping[str, Any],
+) -> None:
+    """The same step in operations that round an entry alike wherever it lies, so that a part is stepped as the whole.
+
+    Kernels that multiply and add at once, as the fused one and torch's lerp, do not round the last entries of a tensor
+    as the others.
+    """
+    beta1, beta2 = group["betas"]
+    rate, sign = float(group["lr"]), -1.0 if group["maximize"] else 1.0
+    steps = [float(count) for count in counts]
+    own = torch._foreach_mul(grads, sign * (1 - beta1))
+    torch._foreach_mul_(means, beta1)
+    torch._foreach_add_(means, own)
+    own = torch._foreach_mul(grads, grads)
+    torch._foreach_mul_(own, 1 - beta2)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_add_(squares, own)
+    sizes = torch._foreach_sqrt(squares)
+    torch._foreach_div_(sizes, [(1 - beta2**step) ** 0.5 for step in steps])
+    torch._foreach_add_(sizes, group["eps"])
+    deltas = torch._foreach_div(means, sizes)
+    torch._foreach_mul_(deltas, [-rate / (1 - beta1**step) for step in steps])
+    torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+    torch._foreach_add_(params, deltas)
 
 
 def _placed_as(p: Any, grad: Any) -> Tensor:

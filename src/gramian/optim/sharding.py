@@ -36,12 +36,12 @@ def finite_norms(grads: list[Tensor]) -> Tensor | None:
     return found if float(found.amax()) < most else None
 
 
-def whole_norms(grads: Sequence[Tensor]) -> list[Tensor]:
-    """The Frobenius norm of each gradient as a whole, in float32 or wider, the same on all ranks that share it."""
-    norms = [
-        torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        for x in placement.locals_of(grads)
-    ]
+def whole_norms(grads: Sequence[Tensor], *, wide: bool = False) -> list[Tensor]:
+    """The Frobenius norm of each gradient as a whole, the same on all ranks that share it; in float32 at least, or in
+    float64 (`wide`), where its rounding to float32 is the same however the gradient is divided.
+    """
+    least = torch.float64 if wide else torch.float32
+    norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, least)) for x in placement.locals_of(grads)]
     for indices in _by_group(grads).values():
         # A part that several ranks hold (a mesh with a dimension of replicas) is summed as often.
         squares = [norms[i].double().square() / spread_of(grads[i]).copies for i in indices]
