@@ -48,7 +48,8 @@ def batches(epoch: int, generator: torch.Generator):
 
 def task(**changes: Any) -> gm.Task:
     parts: dict[str, Any] = {"model": Net, "objective": gm.Objective.classification(), "train_batches": batches}
-    return gm.Task(**(parts | {"evaluate": lambda model: {}} | changes))
+    parts["evaluate"] = lambda model: {}
+    return gm.Task(**(parts | changes))
 
 
 def trained(shard: bool, options: dict[str, Any], path: str | None = None, stop: int | None = None) -> Any:

@@ -86,8 +86,9 @@ def train(
 
     In a process group, call it on all ranks. Each takes its rows of every batch, and the step is that of the whole
     batch: the same as in one process, within rounding, except for dropout, and to the bit with `slices`. All ranks draw
-    all batches and evaluate; the first one writes. Gradients are added up after the backward pass, not during it; with `shard`, as FSDP2 does. A run
-    may be resumed on another number of ranks, with `shard` or without, within rounding; a warning says so.
+    all batches and evaluate; the first one writes. Gradients are added up after the backward pass, not during it; with
+    `shard`, as FSDP2 does. A run may be resumed on another number of ranks, with `shard` or without, within
+    rounding; a warning says so.
 
     Args:
         task: what to train.
