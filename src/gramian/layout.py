@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import einops
@@ -128,8 +128,7 @@ class Layout:
     @cached_property
     def matrices(self) -> tuple[int, ...]:
         """The shape `(..., m, n)` that `split` gives."""
-        shape = tuple(self.shape)
-        return shape if self.is_identity else _shape_of(self.pattern, shape, tuple(self._used_sizes.items()))
+        return tuple(self.split(torch.empty(self.shape, device="meta")).shape)
 
     def piece_shapes(self, together: bool = False) -> tuple[tuple[int, int], ...]:
         """The shape (m, n) of each of the `pieces`."""
@@ -202,19 +201,11 @@ def num_axes(pattern: str) -> int:
     return len(_axes_of(pattern.partition("->")[0]))
 
 
-@lru_cache(maxsize=1024)
-def _shape_of(pattern: str, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
-    """What a pattern makes of a shape; a model has the same few for most of its parameters, and is asked often."""
-    return tuple(einops.rearrange(torch.empty(shape, device="meta"), pattern, **dict(sizes)).shape)
-
-
-@lru_cache(maxsize=1024)
-def _axes_of(side: str) -> tuple[str, ...]:
+def _axes_of(side: str) -> list[str]:
     """The axes of one side of a pattern, each a name or a group in parentheses."""
-    return tuple(re.findall(r"\([^)]*\)|\w+", side))
+    return re.findall(r"\([^)]*\)|\w+", side)
 
 
-@lru_cache(maxsize=1024)
 def _names_of(group: str) -> tuple[str, ...]:
     """The names in an axis or group; einops allows a 1, which is no axis."""
     return tuple(name for name in group.strip("()").split() if not name.isdigit())
