@@ -88,6 +88,11 @@ class Context:
         return dict(self.model.named_modules())
 
     @cached_property
+    def owners(self) -> set[str]:
+        """The modules that have parameters of their own."""
+        return {name for name, m in self.modules.items() if any(True for _ in m.parameters(recurse=False))}
+
+    @cached_property
     def frozen(self) -> list[str]:
         return [name for name, p in self.parameters.items() if not p.requires_grad]
 
@@ -311,11 +316,8 @@ class Context:
 
     def source_of(self, activation: Activation) -> str:
         """The module with parameters before an activation, to which its pre-activations are due."""
-        before = [c for c in self.observed.calls if c.order < activation.order and c.name != activation.name]
-        owned = [
-            c.name for c in before if any(True for _ in self.model.get_submodule(c.name).parameters(recurse=False))
-        ]
-        return owned[-1] if owned else activation.name
+        before = (c.name for c in reversed(self.observed.calls) if c.order < activation.order)
+        return next((n for n in before if n in self.owners and n != activation.name), activation.name)
 
     def module_of(self, parameter: str) -> str:
         """The name of the module that owns a parameter."""
