@@ -11,7 +11,8 @@ import gramian.linalg as gl
 from cases import DEVICES, hostile, seeded, untyped
 from gramian import random
 from gramian.linalg.polar_factor.direction import cheapest, least_ratio
-from gramian.linalg.polar_factor.newton_schulz import COEFFICIENTS, composed, quintics
+from gramian.linalg.polar_factor.few_passes import few_passes
+from gramian.linalg.polar_factor.newton_schulz import COEFFICIENTS, composed
 from gramian.linalg.polar_factor.zolotarev import fractions, zolotarev
 
 
@@ -80,8 +81,8 @@ def test_direction_is_as_close_as_asked(kind, shape, rtol, device):
     [
         lambda a: zolotarev(a, low=1 / 64, terms=2, dtype=torch.bfloat16),
         lambda a: zolotarev(a, low=5e-4, terms=4),
-        lambda a: quintics(a, low=1 / 64, steps=4, dtype=torch.bfloat16),
-        lambda a: quintics(a, low=1 / 64, steps=6),
+        lambda a: few_passes(a, low=1 / 64, steps=4, dtype=torch.bfloat16, close=True),
+        lambda a: few_passes(a, low=1 / 64, steps=6, close=True),
         lambda a: gl.polar_ex(a, rtol=0.1, certify=False)[0],
     ],
     ids=["fractions bf16", "fractions", "quintics bf16", "quintics", "auto"],
