@@ -147,6 +147,11 @@ def fixed() -> Iterator[None]:
         _FIXED.reset(token)
 
 
+def is_fixed() -> bool:
+    """Whether nothing is to be measured here."""
+    return _FIXED.get()
+
+
 def constants(device: str = "cpu", rows: tuple[Operations, ...] = (), n: int = 0, batch: int = 1) -> Constants:
     """The constants by which to compare rows of operations on matrices of smaller side n.
 
@@ -154,7 +159,7 @@ def constants(device: str = "cpu", rows: tuple[Operations, ...] = (), n: int = 0
     """
     kind = "cpu" if device == "cpu" else "cuda"
     default = defaults(kind)
-    if _FIXED.get():
+    if is_fixed():
         return default
     key = machine(kind)
     known = _known(key)
