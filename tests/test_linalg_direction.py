@@ -42,6 +42,19 @@ def test_composed_quintics_err_by_what_they_say(steps):
     assert (x - 1).abs().max().item() == pytest.approx(found.error, rel=1e-6)
 
 
+@pytest.mark.parametrize("first", [5, 9])
+@pytest.mark.parametrize("shape", [(128, 128), (128, 300)], ids=str)
+def test_a_close_bound_reaches_smaller_singular_values(shape, first):
+    spectrum = torch.ones(128, dtype=torch.float64)
+    spectrum[64:] = 1 / 64  # ‖XXᵀ‖_F^½ is 2.8 times ‖X‖₂ then, and ‖(XXᵀ)²‖_F^¼ is 1.7 times it
+    a = random.with_spectrum(2, *shape, spectrum=spectrum, generator=seeded(8), dtype=torch.float32)
+    off, near = (
+        (torch.linalg.svdvals(few_passes(a, low=1 / 128, steps=4, first=first, close=close)) - 1).abs().max()
+        for close in (False, True)
+    )
+    assert near < composed(1 / 128, 4, first).error + 2e-3 < off
+
+
 def gradient_like(kind, m, n, generator):
     """Spectra that gradients have: of noise, of a power law, of a few strong directions in noise."""
     k = min(m, n)
