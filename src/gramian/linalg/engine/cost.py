@@ -91,7 +91,7 @@ DEFAULTS = {
     ),
 }
 """CPU: `gramian bench linalg --calibrate`, rounded, on two cores of an AMD EPYC (Zen 4, avx512_bf16, no bfloat16 matrix
-unit), torch 2.13 with MKL, two threads."""
+unit), torch 2.13 with MKL, two threads; Cholesky factors later, on one."""
 
 FORMAT = 2
 """Of the cache file. One of another format is measured again."""

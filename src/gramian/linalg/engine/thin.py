@@ -1,7 +1,7 @@
 """A matrix times a few columns in float64, in the order of the factors that this processor multiplies faster.
 
-A Z is also (Zᵀ Aᵀ)ᵀ. For an A stored by rows and 16 columns MKL takes half as long for the first on a Xeon with AMX, and
-two to three times as long on an EPYC (Zen 4): so the two are timed once in a process. The last bits may differ.
+A Z is also (Zᵀ Aᵀ)ᵀ. For an A stored by rows and 16 columns MKL takes half as long for the first on a Xeon with AMX,
+and two to three times as long on an EPYC (Zen 4): so the two are timed once in a process. The last bits may differ.
 """
 
 from __future__ import annotations

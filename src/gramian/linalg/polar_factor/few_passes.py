@@ -59,7 +59,8 @@ def few_passes(
 
     ‖XXᵀ‖_F^½ bounds ‖X‖₂ here, or, if `close`, ‖(XXᵀ)²‖_F^¼, for four more passes over a small matrix: 2 and 1.3 times
     ‖X‖₂ where entries are normal. Singular values below `low` of that end below 1. A zero matrix gives zero, NaN stays
-    in its own matrix, and each matrix is scaled by itself. It is written to `out`, contiguous and perhaps `a`, if given.
+    in its own matrix, and each matrix is scaled by itself. It is written to `out`, contiguous and perhaps `a`, if that
+    is given.
     """
     wide = dtype is None or dtype == torch.float32
     with full_products() if wide else contextlib.nullcontext():
@@ -145,7 +146,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _iterate(s: Squares, y: Tensor, gram: Tensor, square: Tensor | None, scale: Tensor, paired: bool) -> Tensor:
-    """The steps on scale · y, its Gram matrix on the shorter side, and the square of that, if known. It overwrites them."""
+    """The steps on scale · y, its Gram matrix on the shorter side, and the square of that if known. It overwrites all."""
     spare = scratch("few passes: y", tuple(y.shape), y.dtype, y)
     small = [scratch(f"few passes: {k}", tuple(gram.shape), y.dtype, y) for k in range(4)]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
