@@ -146,7 +146,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _iterate(s: Squares, y: Tensor, gram: Tensor, square: Tensor | None, scale: Tensor, paired: bool) -> Tensor:
-    """The steps on scale · y, its Gram matrix on the shorter side, and perhaps the square of that. It overwrites all."""
+    """The steps on scale · y, its Gram matrix on the shorter side, and perhaps its square. It overwrites them all."""
     spare = scratch("few passes: y", tuple(y.shape), y.dtype, y)
     small = [scratch(f"few passes: {k}", tuple(gram.shape), y.dtype, y) for k in range(4)]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
