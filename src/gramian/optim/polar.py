@@ -15,7 +15,7 @@ from torch import Tensor
 from gramian import placement
 from gramian.linalg.engine.cost import Constants, Operations, defaults, predict
 from gramian.linalg.polar_factor.few_operations import few_operations, is_small
-from gramian.linalg.polar_factor.few_passes import PAIRED_FROM, few_passes
+from gramian.linalg.polar_factor.few_passes import few_passes, products
 from gramian.linalg.polar_factor.newton_schulz import composed
 from gramian.linalg.polar_factor.zolotarev import LEAST, fractions, zolotarev
 
@@ -176,10 +176,7 @@ def _candidates(short: int, ratio: float, rtol: float) -> Iterator[tuple[Approac
     for dtype in ("float32", *(["bfloat16"] if rtol >= HALF and short >= NARROW else [])):
         for method, degree in FIRST.items():
             steps, low = _fewest(method, rtol)
-            most = 1 if dtype == "bfloat16" else steps
-            pairs = min(steps // 2, most) if ratio >= PAIRED_FROM else 0
-            products = pairs * (2 * ratio + 5) + (steps - 2 * pairs) * (2 * ratio + 1) + (degree > 5)
-            yield Approach(method, steps, dtype, low), {dtype: products}
+            yield Approach(method, steps, dtype, low), {dtype: products(ratio, steps, degree, getattr(torch, dtype))}
         if rtol >= GRAM and short >= NARROW:
             terms, low = _fewest("fractions", rtol)
             # The Gram matrix is halved; what is left out is worth a third of a product with A.
