@@ -1,4 +1,4 @@
-"""Eight more models that `plan.predicted` was not written on: families, tasks and ways of training that none had before.
+"""Eight more models that `plan.predicted` was not written on: other families, tasks and ways of training than before.
 
 `benchmarks/predicted.py` scores it by them. They were fixed before they were run with it, and were scored once. All
 data are generated, so that the rise on new data is known. `gm.compress` is given batches that the model was trained on,

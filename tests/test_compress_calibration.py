@@ -19,7 +19,8 @@ import gramian as gm
 from cases import seeded
 from gramian.compression import compress
 from gramian.compression.budget.filling import Candidates, fill, uniform
-from gramian.compression.budget.predicting import Point, measured_points, predict
+from gramian.compression.budget.points import Point, measured_points
+from gramian.compression.budget.predicting import predict
 from gramian.compression.calibration.calibrating import Measure, calibrate, redrawn
 from gramian.compression.calibration.shrinkage import roots, shrunk
 from gramian.errors import GramianWarning, InputError

@@ -17,7 +17,8 @@ from gramian.checkpoint.names import as_path
 from gramian.checkpoint.trees import TREE
 from gramian.compression.budget.mixing import Form
 from gramian.compression.budget.plan import Plan
-from gramian.compression.budget.predicting import Point, Rises
+from gramian.compression.budget.points import Point
+from gramian.compression.budget.predicting import Rises
 from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.layers.feedback import Feedback
 from gramian.compression.layers.modules import copied, submodule
