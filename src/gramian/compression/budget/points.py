@@ -32,6 +32,7 @@ class Point(NamedTuple):
         cut: whether ranks were cut, or weights rounded: the estimate of the one is off by another factor.
         divergence: the part of the rise that does not depend on labels, where the data may be those that the model was
             trained on, so that the other part may be another on new data; else `None`.
+        kept: what is known of that other part on new data.
     """
 
     estimate: float
@@ -39,6 +40,7 @@ class Point(NamedTuple):
     error: float
     cut: bool = True
     divergence: float | None = None
+    kept: Kept | None = None
 
 
 def losses_of(model: nn.Module, measure: Measure) -> list[tuple[float, float]]:
@@ -68,7 +70,7 @@ def measured_points(
         model: the one that they were made of.
         measure: the batches, which are asked in an order drawn once, and the loss.
         plans: of each smaller model the second-order estimate, a function that makes it, and whether ranks were cut.
-        kept: for each the share of what labels add that is there on new data; without it, points tell of these data.
+        kept: for each what is known of new data, where these may be those that the model was trained on.
 
     Returns:
         As many points.
@@ -92,25 +94,8 @@ def measured_points(
                 if len(after) >= LEAST and point.error <= PRECISE * abs(point.rise):
                     break
             seen = asked[len(apart) : len(after)]
-            found.append(point if measure.new else _on_new_data(_parted(point, model, small, (apart, seen)), share))
+            found.append(point if measure.new else _parted(point, model, small, (apart, seen))._replace(kept=share))
     return tuple(found)
-
-
-def _on_new_data(point: Point, kept: Kept | None) -> Point:
-    """A point of training data as one of new data: with as much of what labels add as is there.
-
-    That is at least minus twice the divergence, as where a layer has learned nothing but noise and all of it is cut.
-    More of it is there than the share says where training has nearly converged along what is cut: by the share of the
-    way that is left, which for a loss to second order is `labels / (labels + 2 divergence)`.
-    """
-    if kept is None or point.divergence is None or point.rise <= point.divergence:
-        return point
-    moved, labels = point.divergence, point.rise - point.divergence
-    least, left = -2 * moved, labels / (labels + 2 * max(moved, 0.0))
-    most = 1 - left * (1 - min(kept.share + kept.error, 1.0))
-    low, rise, high = (max(least, share * labels) for share in (kept.share - kept.error, kept.share, most))
-    error = math.hypot(rise / labels * point.error, max(high - rise, rise - low))
-    return point._replace(rise=moved + rise, error=error, divergence=None)
 
 
 def _drawn(batches: Sequence[Any]) -> list[Any]:

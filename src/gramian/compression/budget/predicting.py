@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gramian.compression.budget.optimism import kept_on_new_data
+from gramian.compression.budget.optimism import Kept, kept_on_new_data
 from gramian.compression.budget.points import Point, measured_points
 from gramian.compression.calibration.calibrating import Measure
 
@@ -153,7 +153,7 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
     Returns:
         The rise with its interval, which is extrapolated beyond the largest estimate that was measured; the estimate
         itself where nothing was measured. Where the data may be those that the model was trained on, the rise is that
-        on such data, and the interval one for new data.
+        on such data, and the interval one for new data; with `Point.kept` both are for new data.
 
     Raises: nothing of its own.
     Cost: none to speak of.
@@ -174,13 +174,21 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
     rise, error = _between(estimate, left, right)
     outside = max(0.0, math.log(estimate / right.estimate))  # beyond the last point, less is known
     rough = INTERPOLATION if estimate == right.estimate else _roughness(known)
-    half = math.hypot(error, (rough + 0.5 * outside) * abs(rise))
-    low, high = rise - half, rise + half
-    if left.divergence is not None and right.divergence is not None:
-        ends = Point(left.estimate, left.divergence, 0.0), Point(right.estimate, right.divergence, 0.0)
-        moved, _ = _between(estimate, *ends)
+    rough += 0.5 * outside
+    half = math.hypot(error, rough * abs(rise))
+    if left.divergence is None or right.divergence is None:
+        return Predicted(rise, rise - half, rise + half, outside == 0)
+    ends = Point(left.estimate, left.divergence, 0.0), Point(right.estimate, right.divergence, 0.0)
+    moved, _ = _between(estimate, *ends)
+    if right.kept is not None and rise > moved:
+        low, added, high = _kept(estimate, left, right, right.kept).added(rise - moved, moved)
+        half = math.hypot(error, rough * (abs(moved) + abs(added)))
+        rise = moved + added
+        low, high = rise - math.hypot(half, added - low), rise + math.hypot(half, high - added)
+    else:
         least, most, beyond = ON_NEW_DATA
-        low, high = min(low, least * moved), high + (most - 1) * moved + (beyond - 1) * max(rise - moved, 0.0)
+        low = min(rise - half, least * moved)
+        high = rise + half + (most - 1) * moved + (beyond - 1) * max(rise - moved, 0.0)
     return Predicted(rise, low, high, outside == 0)
 
 
@@ -197,6 +205,14 @@ def _between(estimate: float, left: Point, right: Point) -> tuple[float, float]:
     return rise, rise * (abs(1 - share) * left.error / left.rise + abs(share) * right.error / right.rise)
 
 
+def _kept(estimate: float, left: Point, right: Point, last: Kept) -> Kept:
+    """What is known of new data between two points; below the first and beyond the last it is as there."""
+    if left.kept is None or left.estimate <= 0 or estimate >= right.estimate:
+        return last
+    share = math.log(estimate / left.estimate) / math.log(right.estimate / left.estimate)
+    return Kept(*((1 - share) * a + share * b for a, b in zip(left.kept, last, strict=True)))
+
+
 def _roughness(known: Sequence[Point]) -> float:
     """How far a rise may be from the line between two points: half as far as points are from their neighbors' line."""
     off = [
@@ -205,5 +221,3 @@ def _roughness(known: Sequence[Point]) -> float:
         if point.rise > 0 and left.estimate < point.estimate < right.estimate
     ]
     return max([INTERPOLATION, *(0.5 * one for one in off)])
-
-
