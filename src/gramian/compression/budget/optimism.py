@@ -50,24 +50,30 @@ class Kept(NamedTuple):
     def added(self, labels: float, divergence: float) -> tuple[float, float, float]:
         """What labels add to a rise on new data, between the least and the most that it may be in nine of ten cases.
 
-        The share of noise is that of all directions in which layers lose something. What a cut takes may have another,
-        of which only the mean is known; Markov's inequality then bounds it. Nor is e that of every direction: noise
-        lies where curvature is small, so that it is between that of the whole cut and 1, and the middle is taken.
+        The noise is that of all directions in which layers lose something. What a cut takes may have another share of
+        it, of which only the mean is known: Markov's inequality bounds it. Nor is e that of every direction; noise lies
+        where curvature is small, so that its e is between that of the whole cut and 1. The middle is taken, and for the
+        interval the worst of these.
 
         Args:
-            labels: what they add on training data, positive.
+            labels: what they add on training data; where that is not positive, nothing follows from it.
             divergence: the part of the rise that does not depend on labels.
         """
+        if labels <= 0:
+            return labels, labels, labels
         left = labels / (labels + 2 * max(divergence, 0.0))
         middle = (1 + left) / 2
-        noise, most, least = (
-            min(max(middle**2 * (1 - share), 0.0), 1.0)
-            for share in (self.share, self.share - self.error, self.share + self.error)
-        )
-        rise = labels * (1 - noise / middle)
-        low = labels * (1 - min(most / TAIL, 1.0) / left)
-        high = labels * (1 - max(1 - (1 - least) / TAIL, 0.0))
+        rise = labels * (1 - _noise(middle, self.share) / middle)
+        most = max(1 - self.share + self.error, 1e-12)
+        worst = min(max(math.sqrt(TAIL / most), left), 1.0)
+        low = labels * (1 - min(worst**2 * most / TAIL, 1.0) / worst)
+        high = labels * (1 - max(1 - (1 - _noise(left, self.share + self.error)) / TAIL, 0.0))
         return min(low, rise), rise, max(high, rise)
+
+
+def _noise(e: float, share: float) -> float:
+    """The share of noise in the training optimum, where training has left e of the way."""
+    return min(max(e * e * (1 - share), 0.0), 1.0)
 
 
 def kept_on_new_data(plans: Sequence[Any], measure: Measure) -> list[Kept | None]:

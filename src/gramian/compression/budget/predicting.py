@@ -32,25 +32,30 @@ class Predicted(NamedTuple):
     """The rise of the mean loss that is expected, and an interval that holds nine in ten.
 
     Attributes:
-        rise: of the mean loss per unit, on data like those that it was measured on.
+        rise: of the mean loss per unit.
         low, high: the interval, of new data; NaN where nothing was measured.
         measured: whether it was measured or lies between measurements, and neither beyond the last one, as only in a
             plan from a file, nor on the second-order estimate alone, which is often several times too low.
+        seen: whether `rise` is that on data like the calibration's, which may be those that the model was trained on,
+            so that it is another on new data; else it is that on new data.
 
     >>> Predicted(0.00123456, 0.0011111, 0.0013333, True)
     Predicted(rise=0.00123, low=0.00111, high=0.00133, measured=True)
     >>> print(Predicted(0.12, -0.0067, 0.24, True))
     rise of the mean loss at most 0.24
+    >>> print(Predicted(0.12, -0.0067, 0.24, True, seen=True))
+    rise of the mean loss at most 0.24 on new data, 0.12 on data like the calibration's
     """
 
     rise: float
     low: float
     high: float
     measured: bool
+    seen: bool = False
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name}={getattr(self, name):.3g}" for name in ("rise", "low", "high"))
-        return f"Predicted({numbers}, measured={self.measured})"
+        return f"Predicted({numbers}, measured={self.measured}{', seen=True' if self.seen else ''})"
 
     def _repr_html_(self) -> str:
         return f"<p>{self}</p>"
@@ -60,10 +65,12 @@ class Predicted(NamedTuple):
 
     @property
     def interval(self) -> str:
-        """The rise and its interval in numbers alone; where it may be none, only what it is at most."""
+        """The rise and its interval; where it may be none, or is not of new data, what it is there at most."""
         if math.isnan(self.low):
             return f"{self.rise:.2g} (to second order)"
         how = "" if self.measured else ", extrapolated"
+        if self.seen:
+            return f"at most {self.high:.2g} on new data, {self.rise:.2g} on data like the calibration's{how}"
         if self.low <= 0 < self.high:
             return f"at most {self.high:.2g}{how}"
         return f"{self.rise:.2g} ({self.low:.2g} to {self.high:.2g}{how})"
@@ -180,16 +187,16 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
         return Predicted(rise, rise - half, rise + half, outside == 0)
     ends = Point(left.estimate, left.divergence, 0.0), Point(right.estimate, right.divergence, 0.0)
     moved, _ = _between(estimate, *ends)
-    if right.kept is not None and rise > moved:
+    if right.kept is not None:
         low, added, high = _kept(estimate, left, right, right.kept).added(rise - moved, moved)
         half = math.hypot(error, rough * (abs(moved) + abs(added)))
         rise = moved + added
         low, high = rise - math.hypot(half, added - low), rise + math.hypot(half, high - added)
-    else:
-        least, most, beyond = ON_NEW_DATA
-        low = min(rise - half, least * moved)
-        high = rise + half + (most - 1) * moved + (beyond - 1) * max(rise - moved, 0.0)
-    return Predicted(rise, low, high, outside == 0)
+        return Predicted(rise, low, high, outside == 0)
+    least, most, beyond = ON_NEW_DATA
+    low = min(rise - half, least * moved)
+    high = rise + half + (most - 1) * moved + (beyond - 1) * max(rise - moved, 0.0)
+    return Predicted(rise, low, high, outside == 0, seen=True)
 
 
 def _between(estimate: float, left: Point, right: Point) -> tuple[float, float]:
