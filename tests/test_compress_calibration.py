@@ -349,7 +349,7 @@ def test_a_prediction_does_not_depend_on_the_unit_of_the_loss(scale: float) -> N
     plain = predict(0.1, points)
     scaled = predict(0.1 * scale, [Point(*(scale * x for x in point[:3])) for point in points])
     assert scaled[:3] == pytest.approx([scale * x for x in plain[:3]], rel=1e-9)
-    assert predict(0.1, [Point(1e-3, 0.0, 0.0)]) == (0.0, 0.0, 0.0, False)
+    assert predict(0.1, [Point(1e-3, 0.0, 0.0)]) == (0.0, 0.0, 0.0, False, False)
     assert all(math.isfinite(x) for x in predict(1e-200, [Point(1e-250, 1e30, 1e30), Point(1.0, 1.0, 0.0)])[:3])
 
 
