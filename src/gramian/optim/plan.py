@@ -50,11 +50,9 @@ class Plan:
         self.present = present
 
     @property
-    def grads(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The gradients of the matrices, and of the rest."""
-        matrices = [p.grad for p in self.stepped.get("matrix", [])]
-        rest = [p.grad for kind, params in self.stepped.items() if kind != "matrix" for p in params]
-        return matrices, rest  # type: ignore[return-value]
+    def grads(self) -> list[Tensor]:
+        """The gradients of the matrices."""
+        return [p.grad for p in self.stepped.get("matrix", [])]  # type: ignore[misc]
 
     def rest_groups(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What AdamW steps of the group now."""

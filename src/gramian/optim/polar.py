@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from gramian.linalg.polar_factor.few_passes import PAIRED_FROM, few_passes
 from gramian.linalg.polar_factor.newton_schulz import composed
 from gramian.linalg.polar_factor.zolotarev import LEAST, fractions, zolotarev
 
-__all__ = ["Approach", "approaches", "chosen", "dtype_of_products", "polar"]
+__all__ = ["Approach", "approaches", "chosen", "dtype_of_products", "pads", "polar"]
 
 RATIO = 1 / 512
 """Largest `low` that an approach may have at rtol 0.125: torch's five steps lift singular values from about there."""
@@ -61,25 +61,40 @@ class Approach(NamedTuple):
         return f"{self.method} {self.steps} {self.dtype}"
 
 
-def polar(x: Tensor, options: Mapping[str, Any], out: Tensor | None = None) -> Tensor:
+def polar(
+    x: Tensor, options: Mapping[str, Any], out: Tensor | None = None, shape: tuple[int, int] | None = None
+) -> Tensor:
     """The polar factor of each matrix (K, m, n) to `rtol`, by what `approaches` has for its shape, or as predicted.
 
-    In `out`, which may be x, if that is given: a new tensor of that size costs more than its numbers.
+    In `out`, which may be x, if that is given: a new tensor of that size costs more than its numbers. Matrices that are
+    padded to one shape are computed as those of `shape` are.
     """
-    return _of(x, options)(x, out)
+    return _of(shape or x.shape[-2:], x.device.type, options)(x, out)
+
+
+def pads(shape: tuple[int, int], device: torch.device, options: Mapping[str, Any]) -> Approach | None:
+    """How small matrices are computed that may be padded with zeros, which changes no more than rounding."""
+    found = _of(shape, device.type, options)
+    small = found.method in FIRST and found.dtype == "float32" and device.type == "cpu" and is_small(*shape)
+    return found if small else None
 
 
 def dtype_of_products(x: Tensor, options: Mapping[str, Any]) -> torch.dtype:
     """The dtype in which other products with these matrices are as exact as their polar factor, and fast."""
-    dtype = getattr(torch, _of(x, options).dtype)
+    dtype = getattr(torch, _of(x.shape[-2:], x.device.type, options).dtype)
     return dtype if dtype == torch.bfloat16 else x.dtype
 
 
-def _of(x: Tensor, options: Mapping[str, Any]) -> Approach:
-    """The approach for matrices of that shape, on that device."""
-    short, long = sorted(x.shape[-2:])
-    name = _read(options.get("approaches", ""), x.device.type).get(f"{short}x{long}")
-    return _approach(short, long, options["rtol"], x.device.type, name)
+def _of(shape: Sequence[int], device: str, options: Mapping[str, Any]) -> Approach:
+    """The approach for matrices of that shape, on that kind of device."""
+    m, n = shape
+    return _of_sides(min(m, n), max(m, n), device, options["rtol"], options.get("approaches", ""))
+
+
+@lru_cache(maxsize=1024)
+def _of_sides(short: int, long: int, device: str, rtol: float, text: str) -> Approach:
+    """The approach that `approaches` wrote for that shape, or the predicted one."""
+    return _approach(short, long, rtol, device, _read(text, device).get(f"{short}x{long}"))
 
 
 def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> str:

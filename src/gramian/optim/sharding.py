@@ -25,15 +25,17 @@ def finite_norms(grads: list[Tensor]) -> Tensor | None:
     Where it is `None`, `not_finite` tells which are not, if any: it asks the other ranks too, and a GPU without
     waiting.
     """
-    if not grads or any(type(g) is not Tensor or g.device.type != "cpu" for g in grads):
+    if not grads or not all(type(g) is Tensor and g.is_cpu for g in grads):
         return None
     norms = torch._foreach_norm(grads)
     dtypes = {norm.dtype for norm in norms}
-    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    found = torch.stack([norm.to(wide) for norm in norms] if dtypes != {wide} else norms)
-    # A norm in bfloat16 or float16 is rounded by far less than the factor of two. The largest is NaN if one is.
+    if dtypes != {torch.float32}:
+        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        norms = [norm.to(wide) for norm in norms]
+    found = torch.stack(norms)
+    # A norm in bfloat16 or float16 is rounded by far less than the factor of two. NaN is not less than anything.
     most = min(torch.finfo(dtype).max for dtype in dtypes) ** 0.5 / 2
-    return found if float(found.amax()) < most else None
+    return found if all(norm < most for norm in found.tolist()) else None
 
 
 def whole_norms(grads: Sequence[Tensor]) -> list[Tensor]:
