@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from itertools import groupby
 from operator import is_
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ from torch import Tensor
 from gramian import placement
 from gramian.errors import InputError
 from gramian.optim.guard import limited
-from gramian.optim.sharding import finite_norms, not_finite, whole_norms
+from gramian.optim.norms import Norms
+from gramian.optim.sharding import not_finite, whole_norms
 
 __all__ = ["Rest"]
 
@@ -31,6 +32,7 @@ class Rest:
     def __init__(self) -> None:
         self._params: list[Tensor] = []
         self._lots: list[_Lot] = []
+        self._norms = Norms([])
 
     def step(self, groups: Sequence[Mapping[str, Any]], state: States) -> tuple[list[Tensor], Tensor | None]:
         """Steps all parameters of some groups.
@@ -43,7 +45,9 @@ class Rest:
         """
         params = [p for group in groups for p in group["params"]]
         grads: list[Any] = [p.grad for p in params]
-        sizes, bad, stepped = finite_norms(grads), None, params
+        if not _same(params, self._norms.params):
+            self._norms = Norms(params)
+        sizes, bad, stepped = self._norms.finite(grads), None, params
         if sizes is None and params:
             bad = not_finite(grads, power=2)
             stepped = [p for p, is_bad in zip(params, bad.tolist(), strict=True) if not is_bad]
@@ -62,8 +66,7 @@ class Rest:
 
     def _fits(self, params: Sequence[Tensor], state: States) -> bool:
         """Whether these are the parameters, and their state is what it was, in their present dtype and device."""
-        same = len(params) == len(self._params) and all(map(is_, params, self._params))
-        return same and all(lot.holds(state) for lot in self._lots)
+        return _same(params, self._params) and all(lot.holds(state) for lot in self._lots)
 
     def _arrange(self, groups: Sequence[Mapping[str, Any]], params: list[Tensor], state: States) -> None:
         numbers: dict[Tensor, int] = {p: number for number, group in enumerate(groups) for p in group["params"]}
@@ -99,7 +102,7 @@ class _Lot(NamedTuple):
         if not all(map(is_, map(state.get, self.params), self.states)):
             return False
         for known, entries in zip(self.states, self.entries, strict=True):
-            if len(known) != len(entries) or not all(map(is_, known.values(), entries)):
+            if not _same(known.values(), entries):
                 return False
         return all(
             mean.dtype == p.dtype and mean.device == p.device and mean.shape == p.shape
@@ -123,6 +126,10 @@ class _Lot(NamedTuple):
                 _fused([copied], [grad], [mean], [square], [count], groups[number])
                 if copied is not p:
                     p.copy_(copied)
+
+
+def _same(a: Collection[Any], b: Collection[Any]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def _lot(numbered: Sequence[tuple[Tensor, int]], places: list[int], state: States) -> _Lot:

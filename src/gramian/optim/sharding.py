@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,26 +15,7 @@ from gramian.linalg.engine.scaling import peak
 from gramian.optim.stacks import State
 from gramian.placement.shards import spread_of
 
-__all__ = ["Sharding", "finite_norms", "not_finite", "whole_norms"]
-
-
-def finite_norms(grads: list[Tensor]) -> Tensor | None:
-    """The norm of each gradient, (P,), if these show that all of them and their squares are finite.
-
-    Where it is `None`, `not_finite` tells which are not, if any: it asks the other ranks too, and a GPU without
-    waiting.
-    """
-    if not grads or not all(type(g) is Tensor and g.is_cpu for g in grads):
-        return None
-    norms = torch._foreach_norm(grads)
-    dtypes = {norm.dtype for norm in norms}
-    if dtypes != {torch.float32}:
-        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-        norms = [norm.to(wide) for norm in norms]
-    found = torch.stack(norms)
-    # A norm in bfloat16 or float16 is rounded by far less than the factor of two. NaN is not less than anything.
-    most = min(torch.finfo(dtype).max for dtype in dtypes) ** 0.5 / 2
-    return found if all(norm < most for norm in found.tolist()) else None
+__all__ = ["Sharding", "not_finite", "whole_norms"]
 
 
 def whole_norms(grads: Sequence[Tensor]) -> list[Tensor]:

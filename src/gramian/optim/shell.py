@@ -151,6 +151,7 @@ class MatrixOptimizer(Saved):
                 )
             same = same and shapes == wanted
         if same:
+            plan.stacks = None  # what may be padded to one shape may have changed
             return plan
         self._routes.update((r.parameter, r) for r in routes)
         new_plan = Plan(group, self._routes)
@@ -200,7 +201,7 @@ class MatrixOptimizer(Saved):
         found, pads = alike(routes), self.recipe.pads
         if pads is None or self._sharding:
             return found
-        return joined(found, lambda r: pads(r.layout.matrices[-2:], r.parameter.device, group))  # type: ignore
+        return joined(found, lambda shape, device: pads(shape, device, group))
 
     def _step_stack(self, stack: Stack, group: dict[str, Any], grads: list[Tensor | None], flags: Flags) -> Tensor:
         """The update of the stack's matrices (K, m, n), which is still to be added."""

@@ -47,12 +47,17 @@ def alike(routes: Sequence[Route]) -> list[list[Route]]:
     return [group for groups in kinds.values() for group in groups]
 
 
-def joined(stacks: Sequence[list[Route]], kind: Callable[[Route], Hashable]) -> list[list[Route]]:
+def joined(
+    stacks: Sequence[list[Route]], kind: Callable[[tuple[int, int], torch.device], Hashable]
+) -> list[list[Route]]:
     """What `alike` found, with stacks of one kind made one where that costs less; `None` stays as it is.
 
     Matrices are padded with zeros then, and the tall ones transposed: products with zeros in place of calls.
     """
-    found = [(kind(routes[0]) if all(map(_is_reshaped, routes)) else None, routes) for routes in stacks]
+    found: list[tuple[Hashable, list[Route]]] = []
+    for routes in stacks:
+        views = all(map(_is_reshaped, routes))
+        found.append((kind(_shape(routes[0]), routes[0].parameter.device) if views else None, routes))
     while True:
         best: tuple[int, int, int] = (0, 0, 0)
         for i, j in combinations(range(len(found)), 2):
@@ -71,7 +76,7 @@ def _saved(a: Sequence[Route], b: Sequence[Route]) -> int:
     p, other = a[0].parameter, b[0].parameter
     short, long = _sides(routes)
     size = sum(map(_number, routes)) * short * long
-    views = all(_number(r) == 1 or _matrices(r)[-2] == short for r in routes)
+    views = all(_number(r) == 1 or _shape(r)[0] == short for r in routes)
     if (p.dtype, p.device) != (other.dtype, other.device) or not views or 4 * size > MAX_BYTES["cpu"]:
         return 0
     return STACK - sum(_multiplications(x, *_sides(routes)) - _multiplications(x, *_sides(x)) for x in (a, b))
@@ -83,7 +88,7 @@ def _multiplications(routes: Sequence[Route], short: int, long: int) -> int:
 
 def _sides(routes: Sequence[Route]) -> tuple[int, int]:
     """The sides, the shorter one first, of the least matrix in which each of theirs has room."""
-    pairs = [sorted(_matrices(r)[-2:]) for r in routes]
+    pairs = [sorted(_shape(r)) for r in routes]
     return max(short for short, _ in pairs), max(long for _, long in pairs)
 
 
@@ -103,8 +108,8 @@ class Stack:
         self.routes = tuple(routes)
         self.params = [r.parameter for r in routes]
         self.counts = [_number(r) for r in routes]
-        self.first = _matrices(self.routes[0])[-2:]
-        self.is_padded = len({_matrices(r)[-2:] for r in routes}) > 1
+        self.first = _shape(self.routes[0])
+        self.is_padded = len(set(map(_shape, routes))) > 1
         self.shape = (sum(self.counts), *(_sides(routes) if self.is_padded else self.first))
         p = self.routes[0].parameter
         like = torch.empty((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
@@ -165,7 +170,7 @@ class Stack:
         """Of a parameter's part of a buffer (K, …), what is not padding, as its matrices lie."""
         if not self.is_padded:
             return part
-        m, n = _matrices(r)[-2:]
+        m, n = _shape(r)
         return (part.mT if m > self.shape[1] else part)[:, :m, :n]
 
     def _scratch(self) -> Tensor:
@@ -229,6 +234,11 @@ def _is_reshaped(r: Route) -> bool:
     """Whether the entries of the matrices follow each other as in the parameter, so that a reshape gives them."""
     assert r.layout is not None
     return sum(r.layout.dims, ()) == sum(r.layout.sides, ())
+
+
+def _shape(r: Route) -> tuple[int, int]:
+    m, n = _matrices(r)[-2:]
+    return m, n
 
 
 def _number(r: Route) -> int:
