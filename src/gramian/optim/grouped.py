@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import weakref
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Unpack
@@ -94,7 +94,7 @@ class Grouped(torch.optim.Optimizer):
         self._built = True
 
     def _check(self, options: Mapping[str, Any]) -> None:
-        check(type(self).__name__, options, ChainMap(RANGES, self.recipe.options))
+        check(type(self).__name__, options, {**RANGES, **self.recipe.options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, routed as those before."""

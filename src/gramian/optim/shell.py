@@ -16,6 +16,7 @@ from gramian.optim.parameters import check_not_replaced, check_step
 from gramian.optim.plan import Plan
 from gramian.optim.recipe import StepContext
 from gramian.optim.refresh import due, stagger
+from gramian.optim.route import Route
 from gramian.optim.saved import Saved
 from gramian.optim.scaling import step_length
 from gramian.optim.stacks import Stack, alike, joined
