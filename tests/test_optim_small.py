@@ -86,7 +86,7 @@ def test_matrices_of_several_shapes_step_as_one_stack_and_each_as_by_itself(opti
 
 def test_a_state_goes_from_one_stack_to_several_and_back(monkeypatch) -> None:
     """As states of before hold each matrix by itself; and from the same, the next step is the same to the bit."""
-    whole, optimizer = trained(True, 4, monkeypatch)
+    whole, _ = trained(True, 4, monkeypatch)
     for pads in (True, False):
         model, other = trained(pads, 3, monkeypatch)
         resumed, again = trained(True, 0, monkeypatch)
