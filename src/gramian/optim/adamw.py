@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from itertools import groupby
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from gramian.errors import InputError
 from gramian.optim.guard import limited
 from gramian.optim.norms import Norms
 from gramian.optim.sharding import not_finite, whole_norms
+from gramian.optim.stacks import same
 
 __all__ = ["Rest"]
 
@@ -45,7 +45,7 @@ class Rest:
         """
         params = [p for group in groups for p in group["params"]]
         grads: list[Any] = [p.grad for p in params]
-        if not _same(params, self._norms.params):
+        if not same(params, self._norms.params):
             self._norms = Norms(params)
         sizes, bad, stepped = self._norms.finite(grads), None, params
         if sizes is None and params:
@@ -66,7 +66,7 @@ class Rest:
 
     def _fits(self, params: Sequence[Tensor], state: States) -> bool:
         """Whether these are the parameters, and their state is what it was, in their present dtype and device."""
-        return _same(params, self._params) and all(lot.holds(state) for lot in self._lots)
+        return same(params, self._params) and all(lot.holds(state) for lot in self._lots)
 
     def _arrange(self, groups: Sequence[Mapping[str, Any]], params: list[Tensor], state: States) -> None:
         numbers: dict[Tensor, int] = {p: number for number, group in enumerate(groups) for p in group["params"]}
@@ -99,10 +99,10 @@ class _Lot(NamedTuple):
 
     def holds(self, state: States) -> bool:
         """Whether the state of the parameters is still this one."""
-        if not all(map(is_, map(state.get, self.params), self.states)):
+        if not same(list(map(state.get, self.params)), self.states):
             return False
         for known, entries in zip(self.states, self.entries, strict=True):
-            if not _same(known.values(), entries):
+            if not same(known.values(), entries):
                 return False
         return all(
             mean.dtype == p.dtype and mean.device == p.device and mean.shape == p.shape
@@ -126,10 +126,6 @@ class _Lot(NamedTuple):
                 _fused([copied], [grad], [mean], [square], [count], groups[number])
                 if copied is not p:
                     p.copy_(copied)
-
-
-def _same(a: Collection[Any], b: Collection[Any]) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def _lot(numbered: Sequence[tuple[Tensor, int]], places: list[int], state: States) -> _Lot:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from itertools import combinations, compress
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from gramian.errors import InputError
 from gramian.linalg.engine.workspace import is_kept, scratch
 from gramian.optim.route import Route
 
-__all__ = ["Stack", "State", "alike", "joined"]
+__all__ = ["Stack", "State", "alike", "joined", "same"]
 
 State = dict[str, Tensor]
 
@@ -143,7 +144,7 @@ class Stack:
 
     def holds(self, states: Mapping[Tensor, State]) -> bool:
         """Whether the present state of its parameters lies here, in the dtype and on the device that they have now."""
-        if not all(map(is_, map(states.get, self.params), self.views)):
+        if not same(list(map(states.get, self.params)), self.views):
             return False
         return all(p.dtype == self.param_dtype and p.device == self.device for p in self.params)
 
@@ -228,6 +229,11 @@ class Stack:
         """One value for each matrix, (K, 1, 1), from one for each parameter."""
         counts = torch.tensor(self.counts, device=values.device)
         return values.repeat_interleave(counts, output_size=self.shape[0]).view(-1, 1, 1)
+
+
+def same(a: Collection[Any], b: Collection[Any]) -> bool:
+    """Whether both hold the same objects, in the same order."""
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def _is_reshaped(r: Route) -> bool:
