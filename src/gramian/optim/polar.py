@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gramian import placement
-from gramian.linalg.engine.cost import Constants, Operations, defaults, predict
+from gramian.linalg.engine.cost import TILES, Constants, Operations, defaults, predict
 from gramian.linalg.polar_factor.few_operations import few_operations, is_small
 from gramian.linalg.polar_factor.few_passes import PAIRED_FROM, few_passes
 from gramian.linalg.polar_factor.newton_schulz import composed
@@ -33,6 +33,7 @@ HALF = 0.05  # least rtol for products in bfloat16, whose rounding leaves 0.02 t
 NARROW = 96  # least smaller side for them and for LAPACK's inverses: below it neither is faster
 GRAM = 5e-3  # least rtol for which the Gram matrix in float32 is good enough
 ASSUMED_BATCH = 8  # a direction must not depend on its batch, which differs between one process and several
+FEW = 1 << 21  # multiplications of a group's Gram matrices of one shape up to which products in bfloat16 gain nothing
 
 BISECTED = 1.05  # ratio of the bounds of a `low` that is good enough
 
@@ -120,7 +121,7 @@ def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options:
         if measured:
             approach = chosen(short, long, count, rtol, kind, end - time.perf_counter())
         else:
-            approach = _approach(short, long, rtol, kind, known.get(f"{short}x{long}"))
+            approach = _approach(short, long, rtol, kind, known.get(f"{short}x{long}"), min(count, ASSUMED_BATCH))
         found.append(f"{short}x{long} {approach}")
     text = f"{head}: {', '.join(found)}"
     return placement.exchange(text)[0] if measured and placement.is_distributed() else text
@@ -174,13 +175,23 @@ def _now(device: str) -> float:
 
 
 @lru_cache(maxsize=1024)
-def _approach(short: int, long: int, rtol: float, device: str, name: str | None) -> Approach:
-    """The approach of that name; without one, the cheapest by the default constants of the cost model."""
+def _approach(
+    short: int, long: int, rtol: float, device: str, name: str | None, count: int = ASSUMED_BATCH
+) -> Approach:
+    """The approach of that name; without one, the cheapest by the default constants of the cost model.
+
+    Those know nothing of what a call in bfloat16 or of LAPACK's costs beside its work, which for a few small matrices
+    on a CPU is more than they save; a matrix unit saves more.
+    """
+    costs = _costs(device)
+    few = device == "cpu" and count * short * short * long <= FEW and costs.factors["bfloat16"] != TILES
     best, least = Approach("quintics", MOST, "float32", LEAST), math.inf
     for candidate, operations in _candidates(short, long / max(short, 1), rtol):
-        seconds = predict(operations, short, ASSUMED_BATCH, _costs(device))
         if str(candidate) == name:
             return candidate
+        if few and operations.keys() != {"float32"}:
+            continue
+        seconds = predict(operations, short, ASSUMED_BATCH, costs)
         if seconds < least:
             best, least = candidate, seconds
     return best
