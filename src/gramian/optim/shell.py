@@ -198,8 +198,8 @@ class MatrixOptimizer(Saved):
         return stacks
 
     def _alike(self, routes: Sequence[Route], group: Mapping[str, Any]) -> list[list[Route]]:
-        """The routes of each stack. Sharded matrices are not padded: which are together depends on the ranks; nor any in
-        a run that is to be the same on them (`fused=False`, as for AdamW's part).
+        """The routes of each stack. Sharded matrices are not padded: which are together depends on the ranks. Nor are
+        any in a run that is to be the same on all numbers of ranks (`fused=False`, as for AdamW's part).
         """
         found, pads = alike(routes), self.recipe.pads
         if pads is None or self._sharding or not group.get("fused", True):
