@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gramian import report
+from gramian.autograd import Ungraded
 from gramian.errors import GramianError, TaskError, some
 from gramian.inspection.diagnosis import STEPS
 from gramian.objective import Objective
@@ -130,7 +131,7 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
     sections.append(Section("Curves", items=_in_pairs(curves({"": run}))))
     if task.pictures is not None:
         with calling(task, "pictures(model)"), evaluating(run.model), torch.no_grad():
-            drawn = tuple(task.pictures(run.model))
+            drawn = tuple(Ungraded()(task.pictures, run.model))
         for each in drawn:
             if not isinstance(each, (Picture, HeatMap, Table)):
                 raise TaskError(
