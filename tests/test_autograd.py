@@ -123,3 +123,11 @@ def test_capture_train_and_suggest_a_rate(model: Wave) -> None:
     run = gm.train(task, epochs=1, lr=1e-2)
     assert run.metrics["residual"] == pytest.approx(residual(run.model, x).item())
     assert gm.suggest_lr(model, batches(), residual, optimizer="adamw").lr > 0
+
+
+def test_inspect_tells_in_one_line_what_such_a_loss_excludes(model: Wave) -> None:
+    report = gm.inspect(model, batches(), residual)
+    assert not any("torch" in why or "Tensor" in why for why in report.not_looked_at.values())
+    told = [what for what in report.not_looked_at if "put outputs in by hand" in what]
+    assert len(told) == 1
+    assert "differentiates by the inputs" in report.not_looked_at[told[0]]

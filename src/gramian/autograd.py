@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Ungraded"]
+__all__ = ["CUT_OFF", "NO_GRAPH", "Ungraded"]
 
-NO_GRAPH = "does not require grad"  # in torch's words for a derivative of what has no graph
+# Torch's words for a derivative of what has no graph, and for one by what the graph does not lead to.
+NO_GRAPH, CUT_OFF = "does not require grad", "not have been used in the graph"
 
 
 class Ungraded:
