@@ -198,11 +198,14 @@ class MatrixOptimizer(Saved):
         return stacks
 
     def _alike(self, routes: Sequence[Route], group: Mapping[str, Any]) -> list[list[Route]]:
-        """The routes of each stack. Sharded matrices are not padded: which are together depends on the ranks. Nor are
-        any in a run that is to be the same on all numbers of ranks (`fused=False`, as for AdamW's part).
+        """The routes of each stack. Sharded matrices are not padded: which are together depends on the ranks. In a run
+        that is to be the same on all numbers of ranks (`fused=False`, as for AdamW's part) each parameter is a stack:
+        BLAS and LAPACK round a matrix by where it lies in memory.
         """
         found, pads = alike(routes), self.recipe.pads
-        if pads is None or self._sharding or not group.get("fused", True):
+        if not group.get("fused", True):
+            return [[route] for same in found for route in same]
+        if pads is None or self._sharding:
             return found
         return joined(found, lambda shape, device: pads(shape, device, group))
 
