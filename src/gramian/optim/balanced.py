@@ -81,6 +81,8 @@ def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     unit = _unit(g, here)
     for side in sides:
         _follow(state, side, unit, context)
+    if context.due is None or len(context.due):
+        _renew(state, sides, context)
     x = mixed(g, state["momentum"], beta, 1 - options["present"], context)
     x = x if dtype == g.dtype else here.copy_(x)
     factors = [state[f"{side}_factor"].to(dtype) for side in sides]
@@ -118,7 +120,7 @@ def _tiny(x: Tensor) -> float:
 
 
 def _follow(state: State, side: str, unit: Tensor, context: StepContext) -> None:
-    """The second moment with that of the present gradients, and the factors that are due."""
+    """The second moment with that of the present gradients."""
     moment, beta = state[f"{side}_moment"], context.options["moment_beta"]
     pair = (unit, unit.mT) if side == "left" else (unit.mT, unit)
     if unit.dtype != moment.dtype:
@@ -127,25 +129,29 @@ def _follow(state: State, side: str, unit: Tensor, context: StepContext) -> None
         moment.baddbmm_(*pair, beta=beta, alpha=1 - beta)
     else:  # by the same product, so that neighbors do not differ
         moment.copy_(torch.where(context.alive > 0, torch.baddbmm(moment, *pair, beta=beta, alpha=1 - beta), moment))
-    if context.due is None or len(context.due):
-        _renew(state, side, context)
 
 
-def _renew(state: State, side: str, context: StepContext) -> None:
-    """The factors of the matrices that are due; where there is none, the old one stays."""
+def _renew(state: State, sides: Sequence[str], context: StepContext) -> None:
+    """The factors of the matrices that are due, of both sides at once where they are of one length."""
+    if len(sides) == 2 and state["left_moment"].shape != state["right_moment"].shape:
+        for side in sides:
+            _renew(state, [side], context)
+        return
     at = slice(None) if context.due is None else context.due
-    moment = state[f"{side}_moment"][at]
-    size = None if context.sizes is None else context.sizes[SIDES.index(side)][at]
-    factor, good = _factor(moment, context.options["damping"], size)
-    if not bool(good.all()):
-        seen = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
-        factor = torch.where(good, factor, state[f"{side}_factor"][at])
-        state["fallbacks"][at] += (seen & ~good).to(moment.dtype)
-    state[f"{side}_factor"][at] = factor
+    moments = [state[f"{side}_moment"][at] for side in sides]
+    sizes = None if context.sizes is None else torch.cat([context.sizes[SIDES.index(side)][at] for side in sides])
+    factors, info = _factor(torch.cat(moments), context.options["damping"], sizes)
+    good = None if not bool(info.any()) else (info == 0)[:, None, None].chunk(len(sides))
+    for i, (side, moment, factor) in enumerate(zip(sides, moments, factors.chunk(len(sides)), strict=True)):
+        if good is not None:  # where there is none, the old one stays
+            seen = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
+            factor = torch.where(good[i], factor, state[f"{side}_factor"][at])
+            state["fallbacks"][at] += (seen & ~good[i]).to(moment.dtype)
+        state[f"{side}_factor"][at] = factor
 
 
 def _factor(moment: Tensor, damping: float, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """C with CᵀC = (M/m + δ)⁻¹, m the mean eigenvalue of M, and whether it is good (K, 1, 1).
+    """C with CᵀC = (M/m + δ)⁻¹, m the mean eigenvalue of M, and LAPACK's info (K,), 0 where there is one.
 
     The mean is over so many eigenvalues as `size` (K, 1, 1) says, the others being of padding; over all without it.
 
@@ -157,8 +163,7 @@ def _factor(moment: Tensor, damping: float, size: Tensor | None = None) -> tuple
     damped.diagonal(dim1=-2, dim2=-1).add_(damping)
     lower, info = lapack.cholesky(damped)
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    factor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-    return factor, (info == 0)[:, None, None]
+    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False), info
 
 
 def staleness(state: State, options: Mapping[str, Any]) -> Tensor | None:
