@@ -34,8 +34,11 @@ SMALL = 1 << 13
 """Entries of a matrix up to which a side four times as long as `longest` has a root too: what is done for each call of
 torch's costs as much as its products there, and kernels of convolutions gain by it most."""
 
-SHARE = 0.5
-"""Of the multiplications that a call is worth under Muon: a stack takes twice as many calls here."""
+PRODUCTS = 1 / 3
+"""What `mnk` multiplications for a side of k, of three products, are of those in a Gram matrix of as many."""
+
+SHARE = 1 / 4
+"""Of all that counts where stacks are joined, since a stack takes more calls here than under Muon."""
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
@@ -66,7 +69,7 @@ def pads(
     lying = ((n, m) if m > room[0] else (m, n) for m, n in shapes)
     if work is None or any(_rooted(shape, options).keys() != roots.keys() for shape in lying):
         return None
-    return round(SHARE * (work + math.prod(room) * sum(roots.values()))) if roots else work
+    return round(SHARE * (work + PRODUCTS * math.prod(room) * sum(roots.values()))) if roots else work
 
 
 def update(g: Tensor, state: State, context: StepContext) -> Tensor:
@@ -163,7 +166,8 @@ def _factor(moment: Tensor, damping: float, size: Tensor | None = None) -> tuple
     damped.diagonal(dim1=-2, dim2=-1).add_(damping)
     lower, info = lapack.cholesky(damped)
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False), info
+    # As the transpose, from the right: LAPACK takes 0.4 of the time that it takes for the factor as it lies.
+    return torch.linalg.solve_triangular(lower.mT, eye.expand_as(lower), upper=True, left=False).mT, info
 
 
 def staleness(state: State, options: Mapping[str, Any]) -> Tensor | None:

@@ -80,9 +80,8 @@ def _work(routes: Sequence[Route], work: Work) -> int | None:
     number, shapes = sum(map(_number, routes)), list(dict.fromkeys(map(_shape, routes)))
     one = len({(r.parameter.dtype, r.parameter.device) for r in routes}) == 1
     views = len(shapes) == 1 or all(_number(r) == 1 or _shape(r)[0] == room[0] for r in routes)
-    if not one or not views or not all(map(_is_reshaped, routes)):
-        return None
-    if len(shapes) > 1 and 4 * number * math.prod(room) > MAX_BYTES["cpu"]:
+    fits = 4 * number * math.prod(room) <= MAX_BYTES["cpu"]
+    if not (one and views and fits and all(map(_is_reshaped, routes))):
         return None
     each = work(shapes, room, p.device)
     return None if each is None else number * each
