@@ -1,4 +1,4 @@
-"""What a step of Muon and BalancedMuon costs on small networks, beside its peers: processor time of one thread, in turns.
+"""What a step of our Muons costs on small networks, beside their peers: processor time of one thread, in turns.
 
     OMP_NUM_THREADS=1 python benchmarks/small_steps.py [ROUNDS]
     OMP_NUM_THREADS=1 python benchmarks/small_steps.py TASK …
