@@ -34,6 +34,7 @@ class Measured:
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
         varies: whether outputs are known to differ between samples.
         is_recurrent: whether the first layer is used again and again, as for each step of a sequence.
+        buffers: names of the buffers that are no statistics of batches.
         copied: prefixes of the names of layers that torch itself makes by copying one (`nn.TransformerEncoder`).
         facts: numbers about the whole model, by label, for the report; rules may add some.
         notes: how things were measured, and what was skipped.
@@ -57,6 +58,7 @@ class Measured:
     entries: frozenset[str] = frozenset()
     varies: bool = False
     is_recurrent: bool = False
+    buffers: frozenset[str] = frozenset()
     copied: tuple[str, ...] = ()
     facts: dict[str, float | int | str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -170,6 +170,12 @@ class Context:
         share = self.probes.share_of_constant
         return share is not None and share < LEARNED and not seen.criteria
 
+    @property
+    def is_not_finite(self) -> bool:
+        """Whether the loss or a gradient is NaN or infinite."""
+        sizes = [g for g in self.observed.gradients.values() if g is not None]
+        return not all(map(math.isfinite, [self.observed.loss, *sizes]))
+
     def criterion(self, function: str) -> Criterion | None:
         """The first call of one of torch's losses, by its name."""
         return next((c for c in self.observed.criteria if c.function == function), None)
@@ -309,13 +315,26 @@ class Context:
         kind = type(self.modules.get(module)).__name__
         return f"module '{module}'" + (f" ({kind})" if kind != "NoneType" else "")
 
+    @cached_property
+    def activations(self) -> list[Activation]:
+        """The activations of the network: not those of a loss, behind all that has parameters."""
+        seen = self.observed
+        owned = [c.order for c in seen.calls if self._has_parameters(c.name)]
+        last = max((*seen.used.values(), *owned), default=0)
+        return [a for a in seen.activations if not a.is_outside or a.order < last]
+
     def source_of(self, activation: Activation) -> str:
-        """The module with parameters before an activation, to which its pre-activations are due."""
+        """The module with parameters before an activation, to which its pre-activations are due.
+
+        A parameter that a module around it takes by itself counts as that module's.
+        """
         before = [c for c in self.observed.calls if c.order < activation.order and c.name != activation.name]
-        owned = [
-            c.name for c in before if any(True for _ in self.model.get_submodule(c.name).parameters(recurse=False))
-        ]
-        return owned[-1] if owned else activation.name
+        owned = [(c.order, c.name) for c in before if self._has_parameters(c.name)]
+        used = [(order, self.module_of(n)) for n, order in self.observed.used.items() if order < activation.order]
+        return max(owned + used, default=(0, activation.name), key=lambda one: one[0])[1]
+
+    def _has_parameters(self, module: str) -> bool:
+        return any(True for _ in self.model.get_submodule(module).parameters(recurse=False))
 
     def module_of(self, parameter: str) -> str:
         """The name of the module that owns a parameter."""

@@ -196,6 +196,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     padded = next((f for f in serious if f.code == "padding-read" and f.where != "labels"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]
+    if finding.code == "gradient-overflow":  # softmax of a row of −∞
+        return next((f for f in serious if f.code == "attention-masked" and f.severity == "error"), None)
     if finding.code in _MISPLACED:
         return next((f for f in serious if f.code == "axes-swapped"), None)
     if finding.code == "order-ignored":  # a recurrence that runs over the samples does not run over the tokens

@@ -46,7 +46,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation function's output: which of its channels never act."""
+    """An activation function's output: which of its channels never act.
+
+    `is_outside` tells that no module was running, as in a loss.
+    """
 
     name: str
     function: str
@@ -56,6 +59,7 @@ class Activation:
     saturated: float
     mean: float
     rows: int
+    is_outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,15 @@ class Attention:
 class Visible:
     """Which keys attention sees: `seen` (B, T, S) is true where a score is not masked, of the first samples.
 
-    `rows` is the length of the first dimension, samples or samples times heads.
+    `rows` is the length of the first dimension, samples or samples times heads; `is_lost` tells that some row of scores
+    is −∞ everywhere, of which a softmax is NaN.
     """
 
     name: str
     order: int
     seen: Tensor
     rows: int
+    is_lost: bool = False
 
 
 @dataclass(frozen=True)
