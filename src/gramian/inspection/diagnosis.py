@@ -19,6 +19,8 @@ from gramian.calls import as_model
 from gramian.errors import GramianError, InputError
 from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range, lost_labels
+from gramian.inspection.causes.folding import following
+from gramian.inspection.causes.guessing import far_above_guessing
 from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.experiments.adapting import moved_by_steps
 from gramian.inspection.experiments.curvature import measure_curvature
@@ -28,6 +30,7 @@ from gramian.inspection.experiments.opening import open_zeros
 from gramian.inspection.experiments.probing import TRIED, probe
 from gramian.inspection.experiments.stepping import take_steps
 from gramian.inspection.experiments.zeroed import find_zeroed
+from gramian.inspection.lost import find_loss_of_weights
 from gramian.inspection.measured import Measured
 from gramian.inspection.passes.failing import steps_run, taking_what_is_not_finite
 from gramian.inspection.passes.observed import Observed
@@ -50,6 +53,9 @@ __all__ = ["inspect"]
 # What a report says it looked at, or not.
 STEPS = "optimizer's steps"
 FAILING = "causes in training steps"
+
+# What leaves the loss at the start as it is.
+UNRELATED = frozenset(("input-duplicates", "labels-independent", "labels-sorted", "order-ignored", "parameter-shared"))
 
 # Batches beyond those that are looked at, of which the rows are read where all are in memory.
 NUM_FURTHER = 12
@@ -154,6 +160,20 @@ def _with_data(
     measured = measure_model(model, progress, image_sizes=sizes, **options)
     measured.skipped |= skipped
     found = _measure_signal(measured, model, few, further, objective, observed, optimizer, options["layouts"], progress)
+    if any(spectrum.num_nonfinite for spectrum in measured.spectra):
+
+        def look(fresh: Optimizer | None) -> list[Finding]:
+            given = model, few, further, objective, fresh
+            again, causes = _with_data(*given, curvature=False, options=options, progress=lambda *_: None)
+            return [*causes, *find(again)]
+
+        try:
+            causes = find_loss_of_weights(model, few, objective, optimizer, look)
+        except Exception as error:
+            measured.skipped |= {"what made weights NaN or infinite": in_words(error)}
+        else:
+            measured.lost_by = causes[0] if causes else None
+            found = [*causes, *found]
     if curvature:
         measure_curvature(measured, model, few, objective, optimizer, progress)
     return measured, found
@@ -162,7 +182,10 @@ def _with_data(
 def _report(
     title: str, measured: Measured, causes: Sequence[Finding] | None = None, *, has_model: bool = True
 ) -> Report:
-    found = find(measured) if causes is None else ordered((*causes, *find(measured)))
+    found = [following(f, measured.lost_by if f.code == "non-finite-weights" else None) for f in find(measured)]
+    found = found if causes is None else ordered((*causes, *found))
+    if measured.unexplained and not any(f.severity != "info" and f.code not in UNRELATED for f in found):
+        found = ordered((measured.unexplained, *found))
     found = [_runnable(finding, has_model=has_model, has_data=causes is not None) for finding in found]
     return Report(
         title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions,
@@ -271,6 +294,7 @@ def _measure_signal(
             found += rule(context)
         except Exception as error:  # what one rule does not understand must not hide what the others found
             measured.skipped |= {rule.__name__.replace("_", " "): f"the rule failed: {in_words(error)}"}
+    measured.unexplained = far_above_guessing(context)
     measured.skipped |= context.skipped
     measured.waiting = measured.waiting if measured.waiting is None else measured.waiting | context.asleep
     try:

@@ -62,7 +62,7 @@ def labels_in_range(context: Context) -> Iterator[Finding]:
 
 
 def _imbalanced(labels: Sequence[Tensor]) -> Iterator[Finding]:
-    """Tell of classes of which one has nearly all labels: that is usual, and a constant answer is nearly always right."""
+    """Tell of classes of which one has nearly all labels, so that a constant answer is nearly always right."""
     y = _joined(labels)
     is_one_hot = labels[0].is_floating_point() and labels[0].ndim > 1 and bool((labels[0].sum(1) == 1).all())
     if len(y) < MANY or is_one_hot or not bool((y == y.round()).all()):
@@ -77,9 +77,9 @@ def _imbalanced(labels: Sequence[Tensor]) -> Iterator[Finding]:
             f"{share:.1%} of {len(y):,} labels are {most:g}",
             where="labels",
             evidence=f"{int(counts.max()):,} of {len(y):,}, in {len(labels)} batches (exact)",
-            cause=f"Who answers {most:g} to everything is right in {share:.1%}: a network that learns no more than this "
-            "has a small loss and a high accuracy.",
-            advice="Look at the recall of the rare classes, or the Dice score, and not at the accuracy. Where they stay "
+            cause=f"Who answers {most:g} to everything is right in {share:.1%}: a network that learns no more has a "
+            "small loss and a high accuracy.",
+            advice="Look at the recall of the rare classes, or the Dice score, and not at the accuracy. Where it stays "
             "at zero, weigh the rare classes (weight, pos_weight), draw them more often, or use a Dice or focal loss.",
         )
 

@@ -34,9 +34,7 @@ NEVER, ROWS = 1e-4, 10
 
 def saturated_units(context: Context) -> Iterator[Finding]:
     """Find layers most of whose outputs are at an end of their range."""
-    bounded = [
-        a for a in context.activations if a.function in ("tanh", "sigmoid") and not _is_gate(context, a)
-    ]
+    bounded = [a for a in context.activations if a.function in ("tanh", "sigmoid") and not _is_gate(context, a)]
     ends = [a for a in _steps_together(context, bounded) if a.saturated > SATURATED]
     if ends:
         worst, first = max(ends, key=lambda a: a.saturated), ends[0]

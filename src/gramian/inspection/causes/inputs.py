@@ -178,9 +178,7 @@ def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
             "A loader that returns one sample again and again, or a preprocessing step that erases the data.",
             "Look at what the loader returns.",
         )
-    elif (
-        len(flat) >= FEW and copies > 0.5 * len(flat) and _num_codes(flat) > len(flat) / 2 and not _are_contexts(flat)
-    ):
+    elif len(flat) >= FEW and copies > 0.5 * len(flat) and _num_codes(flat) > len(flat) / 2 and not _are_contexts(flat):
         yield _finding(
             "input-duplicates",
             "warning",

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import nn
 
-from gramian.batch import main_input, mapped, num_samples
+from gramian.batch import num_samples
 from gramian.inspection.experiments.affine import is_affine
 from gramian.inspection.experiments.blocking import are_constant, blocking_zeros
 from gramian.inspection.experiments.choices import Choices, along_choices
@@ -38,7 +37,6 @@ from gramian.inspection.experiments.together import Together, made_into_inputs, 
 from gramian.inspection.experiments.two_values import TwoValues, of_two_values
 from gramian.inspection.experiments.unheard import unheard_arguments
 from gramian.inspection.experiments.unused import Idle, Unused, idle_half, idle_targets, without_columns, without_effect
-from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.measuring import eager, evaluating

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.inspection.experiments.bootstrapping import is_bootstrapped, is_taught
+from gramian.inspection.passes.gate_functions import ADDITIONS, QUOTIENTS
 from gramian.inspection.passes.labeled import see_labels
 from gramian.inspection.passes.observed import Broadcast, Criterion, Ends, Observed
 
@@ -41,7 +42,6 @@ _ENDS: dict[Callable, tuple[str, float, float]] = {
     torch.tanh: ("tanh", -1.0, 1.0), Tensor.tanh: ("tanh", -1.0, 1.0), F.tanh: ("tanh", -1.0, 1.0),
     F.softmax: ("softmax", 0.0, 1.0), torch.softmax: ("softmax", 0.0, 1.0), Tensor.softmax: ("softmax", 0.0, 1.0),
 }  # fmt: skip
-_SUMS, _QUOTIENTS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}, {torch.div, Tensor.div, Tensor.__truediv__}
 _CLAMPS = {torch.clamp, Tensor.clamp, Tensor.clip, torch.clip}
 
 
@@ -143,9 +143,9 @@ def shifted(ends: Ends, func: Callable, by: Any, *, is_reversed: bool = False) -
     factor, offset = 1.0, 0.0
     if func in _PRODUCTS:
         factor = by
-    elif func in _QUOTIENTS and not is_reversed and by:
+    elif func in QUOTIENTS and not is_reversed and by:
         factor = 1 / by
-    elif func in _SUMS:
+    elif func in ADDITIONS:
         offset = by
     elif func in _DIFFERENCES and func is not Tensor.__rsub__ and not is_reversed:
         offset = -by

@@ -312,6 +312,7 @@ class Observed:
         dropouts: by module in which `F.dropout` drops values, the largest share.
         scores_end: of the function, in the model or outside, that made what a binary cross-entropy of scores is given.
         cosines: where the loss's scores are cosines.
+        has_cosines: whether the loss's scores have as many entries as a product of vectors of length one.
         reductions: means and sums that cancel.
         ungraded: modules that run under `torch.no_grad`.
         first_loss: mean over units of the first batch, in training mode.
@@ -374,6 +375,7 @@ class Observed:
     dropouts: dict[str, float] = field(default_factory=dict)
     scores_end: Ends | None = None
     cosines: Cosines | None = None
+    has_cosines: bool = False
     reductions: list[Reduction] = field(default_factory=list)
     ungraded: set[str] = field(default_factory=set)
     loss: float = float("nan")

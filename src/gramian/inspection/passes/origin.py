@@ -24,6 +24,8 @@ from gramian.recording.measuring import training
 from gramian.report import Finding
 
 NARROW = (torch.float16, torch.bfloat16)
+# In place of a module and operation: no derivative in the model is infinite.
+BEHIND = ("", "")
 
 __all__ = ["Pass", "are_finite", "find_origin", "values_of"]
 
@@ -127,11 +129,31 @@ def find_origin(
         every = exchange_json(derivative, parallel.process_group)
         derivative = next(((one[0], one[1]) for one in every if one is not None), None)
     told = f"{when}: {len(bad)} of {len(gradients)} gradients (exact){again}"
-    return gradient_overflow(bad, len(gradients), told, derivative, is_narrow=is_narrow)
+    if derivative != BEHIND:
+        return gradient_overflow(bad, len(gradients), told, derivative, is_narrow=is_narrow)
+    finding = gradient_overflow(bad, len(gradients), told, None, is_narrow=is_narrow)
+    return finding if is_narrow else _behind(finding)
+
+
+def _behind(finding: Finding) -> Finding:
+    """The finding about gradients that are lost behind the model, in a loss that is not watched."""
+    return replace(
+        finding,
+        title=f"{finding.title}, from the loss on",
+        where="loss",
+        evidence=f"{finding.evidence}; from other gradients at the outputs all that come of them are finite (exact)",
+        cause="The derivative of an operation behind the model is infinite where its function is finite (√0, ‖0‖, "
+        "arccos 1), or left the range of the dtype.",
+        advice="gm.inspect(model, batches, loss) names the operation; an ε inside of a root, a norm or a logarithm, or "
+        "a clamp before it, keeps its argument away from that point.",
+    )
 
 
 def _differentiated_again(model: nn.Module, last: Pass) -> tuple[str, str] | None:
-    """The module and operation whose derivative is not finite where a random gradient arrives at the outputs."""
+    """The module and operation whose derivative is not finite where a random gradient arrives at the outputs.
+
+    `BEHIND`, where all are finite.
+    """
     if any(hasattr(p, "to_local") for p in model.parameters()):
         return None  # sharded parameters are gathered for a backward pass of the whole loss alone
 
@@ -143,7 +165,7 @@ def _differentiated_again(model: nn.Module, last: Pass) -> tuple[str, str] | Non
         ).sum()
 
     try:
-        return first_infinite_derivative(model, forward)
+        return first_infinite_derivative(model, forward) or BEHIND
     except Exception:  # a pass that cannot be repeated with a graph, or outputs that have none
         return None
 

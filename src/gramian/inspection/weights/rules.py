@@ -60,7 +60,7 @@ def non_finite_weights(measured: Measured) -> Iterator[Finding]:
             f"{plural(spectrum.num_nonfinite, 'value')} of {layer.name} {verb} NaN or infinite",
             where=names_of([layer for layer, _ in bad]),
             evidence=f"{len(bad)} of {plural(len(measured.layers), 'tensor')} with such values (exact count)",
-            cause="It is a buffer, which no step changes: the numbers that it is computed from gave no finite value, as "
+            cause="It is a buffer, which no step changes: what it is computed from gave no finite value, as "
             "the root of a negative one or a division by zero does."
             if is_buffer
             else "Training diverged, or the file was damaged, before these weights were saved.",
