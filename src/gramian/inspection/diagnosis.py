@@ -30,7 +30,7 @@ from gramian.inspection.experiments.opening import open_zeros
 from gramian.inspection.experiments.probing import TRIED, probe
 from gramian.inspection.experiments.stepping import take_steps
 from gramian.inspection.experiments.zeroed import find_zeroed
-from gramian.inspection.lost import find_loss_of_weights
+from gramian.inspection.lost import find_loss_of_weights, lost_in_steps
 from gramian.inspection.measured import Measured
 from gramian.inspection.passes.failing import steps_run, taking_what_is_not_finite
 from gramian.inspection.passes.observed import Observed
@@ -55,7 +55,10 @@ STEPS = "optimizer's steps"
 FAILING = "causes in training steps"
 
 # What leaves the loss at the start as it is.
-UNRELATED = frozenset(("input-duplicates", "labels-independent", "labels-sorted", "order-ignored", "parameter-shared"))
+UNRELATED = frozenset((
+    "input-duplicates", "input-unused", "labels-independent", "labels-sorted", "order-ignored", "parameter-shared",
+    "parameter-unused",
+))  # fmt: skip
 
 # Batches beyond those that are looked at, of which the rows are read where all are in memory.
 NUM_FURTHER = 12
@@ -277,6 +280,7 @@ def _measure_signal(
         context.moved_by_steps = moved_by_steps(model, observed, objective)
     except Exception as error:
         measured.skipped |= {"how far a step of what is trained moves the outputs": in_words(error)}
+    found: list[Finding] = []
     if optimizer is None:
         measured.skipped |= {STEPS: "no optimizer was given"}
     elif not math.isfinite(observed.loss):
@@ -284,11 +288,11 @@ def _measure_signal(
     else:
         try:
             context.steps = take_steps(model, optimizer, few, objective)
+            found += lost_in_steps(model, optimizer, few, objective, context.steps.losses)
             measured.looked_at.append(STEPS)
         except Exception as error:  # an optimizer that cannot be copied, or a step that fails
             measured.skipped |= {STEPS: in_words(error)}
     measured.has_learned = context.has_learned
-    found: list[Finding] = []
     for rule in CAUSES:
         try:
             found += rule(context)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -16,9 +18,13 @@ from gramian.inspection.causes.reach import numbers
 from gramian.inspection.experiments.renewing import DIVERGES, first_lost_step, forgetful, renew
 from gramian.inspection.passes.observing import observe
 from gramian.objective import Objective
+from gramian.recording.keeping import keeping
 from gramian.report import Finding
 
-__all__ = ["find_loss_of_weights"]
+__all__ = ["find_loss_of_weights", "lost_in_steps"]
+
+# A loss that rises to this many times its first value, or by this much, diverges.
+RISES = 3.0
 
 # Findings that make weights NaN or infinite.
 _BREAKING = frozenset((
@@ -56,7 +62,30 @@ def find_loss_of_weights(
     when = f"with new values for {len(lost)} parameters that are NaN or infinite"
     if not found and fresh is not None:
         with suppress(Exception):  # a loss that differentiates on its way, or an optimizer that cannot be copied
-            found, when = _in_steps(model, batches, objective, fresh)
+            found, step = _in_steps(model, batches, objective, fresh)
+            when = f"{when}, {step}"
+    return [replace(one, evidence=f"{when}: {one.evidence}") for one in found]
+
+
+def lost_in_steps(
+    model: nn.Module, optimizer: Optimizer, batches: list[Any], objective: Objective, losses: Sequence[float]
+) -> list[Finding]:
+    """What makes the loss of steps not finite that has not risen before.
+
+    Args:
+        model, optimizer: neither is changed.
+        batches, objective: as in `inspect`.
+        losses: of a few steps.
+
+    Returns: one finding, or none.
+    Raises: what a step raises.
+    Cost: nothing where all are finite; else as many steps once more, and one that is watched.
+    Source: this library's own.
+    """
+    before = list(takewhile(math.isfinite, losses))
+    if not before or len(before) == len(losses) or max(before) > max(RISES * before[0], before[0] + RISES):
+        return []
+    found, when = _in_steps(model, batches, objective, optimizer)
     return [replace(one, evidence=f"{when}: {one.evidence}") for one in found]
 
 
@@ -68,7 +97,7 @@ def _in_steps(
     if end is None:
         return [], ""
     twin, batch, losses = end
-    when = f"from new values for what was lost, in step {len(losses) + 1}"
+    when = f"in step {len(losses) + 1} of a copy"
     if losses and max(losses) > DIVERGES * abs(losses[0]):
         told = f"the loss rises from {losses[0]:.3g} to {max(losses):.3g} before it is not finite"
         cause = "The rate is too large for this model."
@@ -83,5 +112,6 @@ def _in_steps(
                 advice="Divide the rate by 10 or more, or call gm.suggest_lr.",
             )
         ], when
-    context = Context(twin, observe(twin, [batch], objective))
+    with keeping(twin, objective.predict, objective.criterion):
+        context = Context(twin, observe(twin, [batch], objective))
     return [*non_finite(context), *(f for f in numbers(context) if f.code == "gradient-overflow")], when
