@@ -5,7 +5,8 @@
 The same seed and the same global batches; ranks are processes under gloo. The number is the largest relative distance
 ‖W − W₁‖ / ‖W₁‖ of any parameter to that of one rank. The control is one rank whose batches have their rows in another
 order, which changes the order of sums and nothing else: no number of ranks can be expected to be nearer than that. The
-resumed runs begin on two ranks and go on, from half of their steps, on four.
+resumed runs begin on two ranks and go on, from half of their steps, on four. With `--slices 4` every batch is taken in
+four slices, wherever they are, and the distances are to be zero, but for the control.
 docs/measured/train.md quotes the table.
 """
 
@@ -74,7 +75,15 @@ def stop_at(steps: int, run: gm.Run, share: float) -> None:
 
 
 def on_rank(
-    rank: int, size: int, store: str, out: str, steps: int, dtypes: list[str], names: list[str], lr: float | None
+    rank: int,
+    size: int,
+    store: str,
+    out: str,
+    steps: int,
+    dtypes: list[str],
+    names: list[str],
+    lr: float | None,
+    slices: int | None,
 ) -> None:
     """Every run of this number of ranks, into files in `out`."""
     torch.set_num_threads(1)
@@ -93,7 +102,8 @@ def on_rank(
                 half = steps // 2 if resumed and size == 2 else 0
                 with suppress(Half):
                     stop = partial(stop_at, half)
-                    options = {"steps": steps, "shard": shard, "out": place, "resume": resumed, "on_step": stop}
+                    options = {"steps": steps, "slices": slices, "shard": shard}
+                    options |= {"out": place, "resume": resumed, "on_step": stop}
                     run = gm.train(made, optimizer=name, lr=lr, **options)
                     if rank == 0 and size == 1:
                         print(
@@ -117,13 +127,14 @@ def main() -> None:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--lr", type=float, help="of all optimizers; by default each one's usual rate")
+    parser.add_argument("--slices", type=int, help="of every batch, shared out over the ranks")
     arguments = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     columns = ["control-1", "whole-2", "whole-4", "divided-2", "divided-4", "resumed-4", "resumed divided-4"]
     with tempfile.TemporaryDirectory() as place:
         for size in (1, 2, 4):
             command = [sys.executable, __file__, str(size), f"{place}/store{size}", place, str(arguments.steps)]
-            command += [arguments.dtypes, arguments.optimizers, str(arguments.lr)]
+            command += [arguments.dtypes, arguments.optimizers, str(arguments.lr), str(arguments.slices)]
             running = [subprocess.Popen([*command, str(rank)]) for rank in range(size)]
             assert [process.wait() for process in running] == [0] * size
         print(f"| optimizer | | {' | '.join(columns)} |\n|-|-|{'-|' * len(columns)}")
@@ -134,9 +145,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 9:
-        size, store, out, steps, dtypes, names, lr, rank = sys.argv[1:]
+    if len(sys.argv) == 10:
+        size, store, out, steps, dtypes, names, lr, slices, rank = sys.argv[1:]
         rate = None if lr == "None" else float(lr)
-        on_rank(int(rank), int(size), store, out, int(steps), dtypes.split(","), names.split(","), rate)
+        number = None if slices == "None" else int(slices)
+        on_rank(int(rank), int(size), store, out, int(steps), dtypes.split(","), names.split(","), rate, number)
     else:
         main()

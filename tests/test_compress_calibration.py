@@ -19,7 +19,8 @@ import gramian as gm
 from cases import seeded
 from gramian.compression import compress
 from gramian.compression.budget.filling import Candidates, fill, uniform
-from gramian.compression.budget.predicting import Point, measured_points, predict
+from gramian.compression.budget.points import Point, measured_points
+from gramian.compression.budget.predicting import predict
 from gramian.compression.calibration.calibrating import Measure, calibrate, redrawn
 from gramian.compression.calibration.shrinkage import roots, shrunk
 from gramian.errors import GramianWarning, InputError
@@ -348,7 +349,7 @@ def test_a_prediction_does_not_depend_on_the_unit_of_the_loss(scale: float) -> N
     plain = predict(0.1, points)
     scaled = predict(0.1 * scale, [Point(*(scale * x for x in point[:3])) for point in points])
     assert scaled[:3] == pytest.approx([scale * x for x in plain[:3]], rel=1e-9)
-    assert predict(0.1, [Point(1e-3, 0.0, 0.0)]) == (0.0, 0.0, 0.0, False)
+    assert predict(0.1, [Point(1e-3, 0.0, 0.0)]) == (0.0, 0.0, 0.0, False, False)
     assert all(math.isfinite(x) for x in predict(1e-200, [Point(1e-250, 1e30, 1e30), Point(1.0, 1.0, 0.0)])[:3])
 
 

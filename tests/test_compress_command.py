@@ -52,6 +52,9 @@ def task():
 def but(**changes):
     return dataclasses.replace(task(), **changes)
 
+def accuracy():
+    return but(evaluate=lambda net: {"accuracy": evaluate(net)["accuracy"]})
+
 def untrained():
     return but(model=lambda: nn.Sequential(nn.Linear(16, 4)))
 
@@ -232,6 +235,24 @@ def test_a_narrower_model_is_faster_or_refused(folder, monkeypatch) -> None:
     assert min(made.outcome.compressed.speed_one, made.outcome.compressed.speed_many).median >= 1.6  # type: ignore[type-var, union-attr]
     with pytest.raises(InputError, match=r"nothing makes this model 5× as fast .* the best is 4\.\d+× \("):
         decide(task.model(), task.batches(), task.objective, task.evaluate, Target(speedup=5.0, narrow=True))
+
+
+@pytest.mark.parametrize(("args", "num"), [([], 128), (["--narrow"], None)], ids=["ranks", "narrow"])
+def test_a_run_tells_how_many_samples_it_has_seen(
+    folder, capsys, monkeypatch, args: list[str], num: int | None
+) -> None:
+    asked: list[int | None] = []
+
+    def stopped(*_: object, trained_on: int | None = None, **__: object) -> None:
+        asked.append(trained_on)
+        raise InputError("seen")
+
+    monkeypatch.setattr("gramian.compression.choosing.making.plan_for", stopped)
+    assert main(["train", "task.py:accuracy", "--steps", "3", "--out", "run", "-q"]) == 0
+    assert main(["compress", "run", "--task", "task.py:accuracy", "--keep", "0.6", *args]) == 2
+    assert main(["compress", "task.py:task", "--keep", "0.6", *args]) == 2  # whose weights are of no run
+    assert asked == [num, None]
+    assert "seen" in capsys.readouterr().err
 
 
 def test_a_plan_is_written_once_and_read(folder, capsys, monkeypatch) -> None:

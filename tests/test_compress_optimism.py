@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
-from gramian.compression.budget.optimism import kept_on_new_data
+from gramian.compression.budget.optimism import Kept, kept_on_new_data
+from gramian.compression.budget.points import Point
+from gramian.compression.budget.predicting import predict
 from gramian.compression.calibration.calibrating import Measure
 from gramian.errors import InputError
 
@@ -38,7 +40,7 @@ def fitted(signal: float) -> tuple[nn.Module, Batches, tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("signal", [0.0, 0.1], ids=["noise", "signal"])
-def test_the_rise_on_new_data_follows_from_how_many_samples_were_trained_on(signal: float) -> None:
+def test_the_rise_on_new_data_follows_from_how_many_samples_were_trained_on(signal: float, tmp_path) -> None:
     net, batches, new = fitted(signal)
     plain = gm.compress(net, batches, REGRESSION, of="factorable", keep=0.4)
     told = gm.compress(net, batches, REGRESSION, trained_on=SAMPLES, of="factorable", keep=0.4)
@@ -49,6 +51,8 @@ def test_the_rise_on_new_data_follows_from_how_many_samples_were_trained_on(sign
     assert found.low <= rise <= found.high
     assert abs(found.rise - rise) < max(0.15 * abs(plain.predicted.rise - rise), 0.15 * rise)
     assert found.high - found.low < plain.predicted.high - plain.predicted.low
+    gm.compression.save_plan(told, tmp_path / "plan.safetensors")
+    assert gm.compression.load_plan(net, tmp_path / "plan.safetensors").predicted == pytest.approx(found)
     once = gm.compress(net, batches, REGRESSION, trained_on=10**9, of="factorable", keep=0.4).predicted
     assert once.rise == pytest.approx(plain.predicted.rise, rel=0.05)  # whose noise is none
 
@@ -70,6 +74,44 @@ def test_the_share_is_that_of_the_mean_gradient_in_all_of_it() -> None:
         assert kept is not None
         assert kept.share == pytest.approx(signal / (signal + noise / num), abs=max(kept.error, 0.02))
         assert kept.error < 0.1
+
+
+@pytest.mark.parametrize(("e", "noise"), [(0.9, 0.0), (0.9, 0.5), (0.9, 1.0), (0.4, 0.02)])
+def test_what_labels_add_is_that_of_a_quadratic_loss(e: float, noise: float) -> None:
+    """Of curvature 1, after 1 − e of the way to an optimum of which a share is noise: drawn, and by the formula."""
+    g = seeded(2)
+    n = noise**0.5 * torch.randn(200000, generator=g, dtype=torch.float64)
+    w = (1 - noise) ** 0.5 * torch.randn(n.shape, generator=g, dtype=torch.float64)
+    weight = (1 - e) * (w + n)  # its cut is −weight, and the gradient is that of (weight − optimum)² / 2
+    labels, new = (float((-weight * (weight - optimum)).mean()) for optimum in (w + n, w))
+    folds = [weight - w - n - k * m for k, m in ((1, n.roll(1)), (-1, n.roll(1)))]  # as two halves of the noise
+    share = float((folds[0] * folds[1]).mean() / (weight - w - n).square().mean())
+    assert share == pytest.approx(1 - noise / e**2, abs=0.05)
+    kept = Kept(share, 0.0)
+    low, rise, high = kept.added(labels, 0.5 * float(weight.square().mean()))
+    assert min(low, high) <= low <= rise <= high <= labels
+    slack = 0.01 * labels
+    assert low - slack <= new <= high + slack
+    if e == 0.9:  # where the middle between e and 1 is near e
+        assert rise == pytest.approx(new, abs=0.06 * labels)
+    assert kept.added(-labels, 1.0) == (-labels,) * 3
+
+
+def test_a_prediction_says_of_which_data_it_is() -> None:
+    known = Point(1.0, 0.3, 0.01, divergence=0.1)
+    like = predict(1.0, [known])
+    assert like.seen
+    assert str(like).endswith(" on new data, 0.3 on data like the calibration's")
+    told = predict(1.0, [known._replace(kept=Kept(0.5, 0.1))])
+    assert not told.seen
+    assert 0.1 < told.rise < 0.3
+    assert told.high < like.high
+    assert "calibration" not in str(told)
+    between = predict(
+        2.0, [known._replace(kept=Kept(0.5, 0.1)), Point(4.0, 1.2, 0.01, divergence=0.4, kept=Kept(0.5, 0.1))]
+    )
+    assert between.rise == pytest.approx(2 * told.rise)  # all of it is in proportion
+    assert predict(1.0, [known._replace(divergence=None)]).interval == "0.3 (0.27 to 0.33)"
 
 
 def test_a_number_of_samples_is_checked() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
-from gramian.inspection.causes import dependence
+from gramian.inspection.causes import dependence, joins
 from gramian.inspection.causes.joins import relations
 from gramian.inspection.causes.likeness import kernels
 from gramian.inspection.experiments.stepping import FEWEST, NUM_STEPS, take_steps
@@ -75,6 +75,14 @@ def test_two_tensors_belong_together_from_both_sides() -> None:
     joins = relations({"x": x, "y": x[:, :2].roll(3, 0)})
     assert joins["x"].shift == -joins["y"].shift != 0
     assert joins["x"].shifted == joins["y"].shifted < 1e-10
+
+
+def test_chance_is_the_same_for_all_orders_of_rows() -> None:
+    x = torch.randn(120, 4, generator=seeded(0))
+    own, around = (joins._Centered.of(kernels(t)) for t in (x, x[:, :2].roll(3, 0)))
+    known = joins._chance(own, around)
+    for other in (own.rolled(3), own.ordered(torch.randperm(120, generator=seeded(1)))):
+        assert joins._test(other, around, known) == joins._test(other, around)
 
 
 def test_the_local_kernel_is_that_of_distances() -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import gramian.linalg as gl
-from gramian.linalg.engine import cost, measuring
+from cases import seeded
+from gramian import random
+from gramian.linalg.engine import cost, measuring, thin
 from gramian.linalg.engine.function import FUNCTIONS
 from gramian.linalg.polar_factor.direction import cheapest
 
@@ -122,6 +124,30 @@ def test_a_direction_depends_on_no_measurement(cache, timed):
     cost.constants("cpu", ROWS, 512)
     cheapest.cache_clear()
     assert cheapest(1024, 1024, 8, 0.1, "cpu") == before
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_thin_products_are_the_same_in_either_order(turn, monkeypatch):
+    monkeypatch.setattr(thin, "turned", lambda device: turn)
+    z = random.normal(2, 130, 16, generator=seeded(1), dtype=torch.float64)
+    for a in (z.new_zeros(2, 130, 130).normal_(generator=seeded(2)), z.expand(2, 130, 16).mT):
+        wanted = torch.einsum("bij,bjk->bik", a, z)
+        assert torch.allclose(thin.times(a, z), wanted, atol=1e-12)
+        assert torch.allclose(thin.times(a.mT.contiguous().mT, z), wanted, atol=1e-12)
+
+
+def test_the_order_of_thin_products_is_timed_once_and_not_where_costs_are_fixed(cache, monkeypatch):
+    asked = []
+    monkeypatch.setattr(measuring, "_least", lambda *_: asked.append(0) or len(asked))
+    measuring.turned.cache_clear()
+    assert [thin.turned("cpu"), thin.turned("cpu"), thin.turned("cuda")] == [False] * 3
+    assert len(asked) == 2
+    for words, turn in (({"amx_bf16": True}, False), ({"avx512_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda words=words: words)
+        with cost.fixed():
+            assert thin.turned("cpu") is turn
+    assert len(asked) == 2
+    measuring.turned.cache_clear()
 
 
 def test_calibration_measures_every_operation_at_every_size(cache, monkeypatch):

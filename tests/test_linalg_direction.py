@@ -11,7 +11,8 @@ import gramian.linalg as gl
 from cases import DEVICES, hostile, seeded, untyped
 from gramian import random
 from gramian.linalg.polar_factor.direction import cheapest, least_ratio
-from gramian.linalg.polar_factor.newton_schulz import COEFFICIENTS, composed, quintics
+from gramian.linalg.polar_factor.few_passes import few_passes
+from gramian.linalg.polar_factor.newton_schulz import COEFFICIENTS, composed
 from gramian.linalg.polar_factor.zolotarev import fractions, zolotarev
 
 
@@ -39,6 +40,19 @@ def test_composed_quintics_err_by_what_they_say(steps):
     for a, b, c in found.coefficients:
         x = x * (a + x**2 * (b + x**2 * c))
     assert (x - 1).abs().max().item() == pytest.approx(found.error, rel=1e-6)
+
+
+@pytest.mark.parametrize("first", [5, 9])
+@pytest.mark.parametrize("shape", [(128, 128), (128, 300)], ids=str)
+def test_a_close_bound_reaches_smaller_singular_values(shape, first):
+    spectrum = torch.ones(128, dtype=torch.float64)
+    spectrum[64:] = 1 / 64  # ‖XXᵀ‖_F^½ is 2.8 times ‖X‖₂ then, and ‖(XXᵀ)²‖_F^¼ is 1.7 times it
+    a = random.with_spectrum(2, *shape, spectrum=spectrum, generator=seeded(8), dtype=torch.float32)
+    off, near = (
+        (torch.linalg.svdvals(few_passes(a, low=1 / 128, steps=4, first=first, close=close)) - 1).abs().max()
+        for close in (False, True)
+    )
+    assert near < composed(1 / 128, 4, first).error + 2e-3 < off
 
 
 def gradient_like(kind, m, n, generator):
@@ -80,8 +94,8 @@ def test_direction_is_as_close_as_asked(kind, shape, rtol, device):
     [
         lambda a: zolotarev(a, low=1 / 64, terms=2, dtype=torch.bfloat16),
         lambda a: zolotarev(a, low=5e-4, terms=4),
-        lambda a: quintics(a, low=1 / 64, steps=4, dtype=torch.bfloat16),
-        lambda a: quintics(a, low=1 / 64, steps=6),
+        lambda a: few_passes(a, low=1 / 64, steps=4, dtype=torch.bfloat16, close=True),
+        lambda a: few_passes(a, low=1 / 64, steps=6, close=True),
         lambda a: gl.polar_ex(a, rtol=0.1, certify=False)[0],
     ],
     ids=["fractions bf16", "fractions", "quintics bf16", "quintics", "auto"],

@@ -167,8 +167,8 @@ def test_what_was_predicted_is_replayed_where_another_processor_would_choose_oth
     optimizer = Muon(one)
     step(one, optimizer, 0)
     before = optimizer.param_groups[0]["approaches"]
-    slow = module.defaults("cpu").factors["bfloat16"][0] > 1
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": slow})
+    unit = "bfloat16" not in before
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": unit})
     module._approach.cache_clear()
     try:
         resumed = Muon(two)
@@ -179,6 +179,22 @@ def test_what_was_predicted_is_replayed_where_another_processor_would_choose_oth
             step(model, each, 1)
         assert resumed.param_groups[0]["approaches"] == before
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    finally:
+        module._approach.cache_clear()
+
+
+@pytest.mark.parametrize(("unit", "few"), [("avx512_bf16", "float32"), ("amx_bf16", "bfloat16")])
+def test_a_few_small_matrices_are_multiplied_in_bfloat16_only_by_a_matrix_unit(
+    unit: str, few: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an EPYC with instructions for bfloat16, one of 100 × 100 takes 0.6 of the time in float32, and four 1.2."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
+    module._approach.cache_clear()
+    try:
+        options = {"approach": "predicted", "rtol": 0.125}
+        found = [approaches([(100, 100)] * num, CPU, options) for num in (1, 4)]
+        assert [text.rpartition(" ")[2] for text in found] == [few, "bfloat16"]
+        assert approaches([(100, 100)], CPU, {**options, "approaches": found[1]}) == found[1]
     finally:
         module._approach.cache_clear()
 

@@ -1,4 +1,4 @@
-"""Steps of small networks: few calls of torch's, and the state that they share memory with is the one that counts."""
+"""Steps of small networks: few calls of torch's, matrices of several shapes in one, and the state that counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import seeded
 from gramian.bench.learning_networks import mlp
-from gramian.optim import Muon
+from gramian.optim import Muon, stacks
+from gramian.optim.norms import ROWS, Norms
 
 
 class Calls(TorchDispatchMode):
@@ -28,7 +29,7 @@ def give_gradients(model: nn.Module, seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-@pytest.mark.parametrize(("depth", "most"), [(3, 120), (9, 190)])
+@pytest.mark.parametrize(("depth", "most"), [(3, 50), (9, 85)])
 def test_a_step_of_a_small_network_takes_few_calls(depth: int, most: int) -> None:
     """Whose time they are. More layers of one shape take few more: for views and norms, not for products."""
     model = mlp(width=32, depth=depth)
@@ -39,6 +40,123 @@ def test_a_step_of_a_small_network_takes_few_calls(depth: int, most: int) -> Non
     with Calls() as calls:
         optimizer.step()
     assert calls.number <= most
+
+
+def several() -> nn.ModuleDict:
+    """Small matrices of many shapes: wide, tall, kernels, and four gates in a tensor."""
+    return nn.ModuleDict(
+        {
+            "tall": nn.Linear(12, 40),
+            "wide": nn.Linear(40, 24),
+            "kernel": nn.Conv1d(3, 20, 5),
+            "tall kernel": nn.Conv2d(1, 30, 3),
+            "gates": nn.LSTM(9, 24),
+            "strided": nn.Linear(24, 24),
+            "head": nn.Linear(24, 5),
+        }
+    )
+
+
+def weight(model: nn.ModuleDict, name: str) -> nn.Parameter:
+    return dict(model.named_parameters())[f"{name}.weight"]
+
+
+def num_stacks(optimizer: Muon) -> int:
+    return len(optimizer._plans[0].stacks or ())
+
+
+def trained(pads: bool, steps: int, monkeypatch, **options) -> tuple[nn.ModuleDict, Muon]:
+    torch.manual_seed(0)
+    model = several()
+    turned = weight(model, "strided")
+    turned.data = turned.data.mT.contiguous().mT
+    with monkeypatch.context() as patch:
+        if not pads:
+            patch.setattr(stacks, "STACK", 0)
+        optimizer = Muon(model, weight_decay=0.1, **options)
+        for seed in range(steps):
+            give_gradients(model, seed)
+            optimizer.step()
+    return model, optimizer
+
+
+def assert_near(model: nn.Module, other: nn.Module) -> None:
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": False}, {"refresh": 2}], ids=str)
+def test_matrices_of_several_shapes_step_as_one_stack_and_each_as_by_itself(options, monkeypatch) -> None:
+    together, optimizer = trained(True, 4, monkeypatch, **options)
+    apart, other = trained(False, 4, monkeypatch, **options)
+    assert num_stacks(optimizer) == 1 < num_stacks(other)
+    assert_near(together, apart)
+
+
+def test_a_state_goes_from_one_stack_to_several_and_back(monkeypatch) -> None:
+    """As states of before hold each matrix by itself; and from the same, the next step is the same to the bit."""
+    whole, _ = trained(True, 4, monkeypatch)
+    for pads in (True, False):
+        model, other = trained(pads, 3, monkeypatch)
+        resumed, again = trained(True, 0, monkeypatch)
+        resumed.load_state_dict(model.state_dict())
+        again.load_state_dict(other.state_dict())
+        give_gradients(resumed, 3)
+        again.step()
+        assert_near(resumed, whole)
+        if pads:
+            assert all(map(torch.equal, resumed.parameters(), whole.parameters()))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_what_is_beside_padding_is_skipped_alone(bad: float | None, monkeypatch) -> None:
+    model, optimizer = trained(True, 2, monkeypatch)
+    apart, other = trained(False, 2, monkeypatch)
+    before = weight(model, "tall").detach().clone()
+    for seed in (2, 3):
+        for network, steps in ((model, optimizer), (apart, other)):
+            give_gradients(network, seed)
+            tall = weight(network, "tall")
+            if bad is None:
+                tall.grad = None
+            elif tall.grad is not None:
+                tall.grad[7] = bad
+            with monkeypatch.context() as patch:
+                patch.setattr(stacks, "STACK", stacks.STACK if network is model else 0)
+                steps.step()
+    assert torch.equal(weight(model, "tall"), before)
+    assert_near(model, apart)
+
+
+def test_what_shares_a_stack_follows_the_approach(monkeypatch) -> None:
+    """Where matrices of several shapes are computed in several ways, or no longer."""
+    model, optimizer = trained(True, 2, monkeypatch)
+    (group,) = optimizer.param_groups
+    shapes = group["approaches"].rpartition(": ")[2].split(", ")
+    ways = [entry.replace("nonic 4", "quintics 5") if i % 2 else entry for i, entry in enumerate(shapes)]
+    group["approaches"] = f"predicted on cpu: {', '.join(ways)}"
+    group["rtol"] = 0.1250001
+    give_gradients(model, 5)
+    optimizer.step()
+    assert num_stacks(optimizer) == 2
+
+
+@pytest.mark.parametrize("large", [1, ROWS])
+@pytest.mark.parametrize("bad", [None, float("nan"), float("-inf"), 1e30])
+def test_norms_are_known_unless_something_overflows(large: int, bad: float | None) -> None:
+    params = [torch.zeros(7), torch.zeros(3, 4), torch.zeros(large)]
+    norms = Norms(params)
+    for seed in (0, 1):
+        grads = [torch.randn(p.shape, generator=seeded(seed)) for p in params]
+        if bad is not None:
+            grads[1][1, 2] = bad
+        found = norms.finite(grads)
+        if bad is not None:
+            assert found is None
+        else:
+            torch.testing.assert_close(found, torch.stack([g.norm() for g in grads]))
+    halves = [torch.full(p.shape, 1e3, dtype=torch.float16) for p in params]
+    assert norms.finite(halves) is None  # their squares overflow
 
 
 def replaced(optimizer: Muon, p: nn.Parameter) -> None:

@@ -104,6 +104,7 @@ def command(
     from gramian.compression.choosing.deciding import Target, decide
     from gramian.compression.choosing.making import plan_for
     from gramian.placement import agreed
+    from gramian.training.seen import samples_trained_on
 
     if memory is not None:
         others = [task, max_drop, speedup, size, bits, sparsity, plan, metric or None, direction, narrow or None]
@@ -120,8 +121,10 @@ def command(
         with agreed("compress"):
             network, found, better = _loaded(model, task, calibrate)
             given = found.batches(batches)
+            num = None if task is None or narrow else samples_trained_on(model, found)
         begin = time.perf_counter()
-        made_of = plan_for(network, given, found.objective, narrower=narrow, plan_file=plan, progress=stages)
+        options: dict[str, Any] = {"narrower": narrow, "plan_file": plan, "trained_on": num, "progress": stages}
+        made_of = plan_for(network, given, found.objective, **options)
         seconds = time.perf_counter() - begin
     if not first:
         return

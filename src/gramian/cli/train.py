@@ -138,6 +138,12 @@ def command(
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: divide the model over the processes (FSDP2).")
     ] = False,
+    slices: Annotated[
+        int | None,
+        typer.Option(
+            help="Take a batch in so many passes, shared out over processes: the same run on any number of them.", min=1
+        ),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Look at some steps while it trains (gm.watch), and tell what is wrong.")
     ] = False,
@@ -201,7 +207,7 @@ def command(
     try:
         with told_once(), ranks(timeout) as first, _naming_the_lost():
             options |= {"init": init, "seed": seed, "out": out, "resume": resume, "report": html}
-            options |= budget | {"shard": shard, "watch": watch}
+            options |= budget | {"shard": shard, "slices": slices, "watch": watch}
             options |= {"lr": rate} if compare else {"optimizer": optimizer, "lr": rate}
             logs = tensorboard and first
             runs, name = _train(_Asked(task, text, model), first and not quiet, compare or "", logs, options)

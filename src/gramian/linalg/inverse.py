@@ -61,7 +61,7 @@ def by_lu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def by_cholesky(x: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse by Cholesky of the lower triangle, zero where a pivot is not positive, and where that is."""
-    lower, info = lapack.cholesky(x)
+    lower, info = lapack.cholesky(x, scratch("factor", tuple(x.shape), x.dtype, x))  # of which one triangle counts
     bad = info != 0
     if x.device.type != "cpu" or bool(bad.any()):
         lower = torch.where(bad[:, None, None], torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), lower)

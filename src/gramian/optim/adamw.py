@@ -12,7 +12,9 @@ from torch import Tensor
 from gramian import placement
 from gramian.errors import InputError
 from gramian.optim.guard import limited
+from gramian.optim.norms import Norms
 from gramian.optim.sharding import not_finite, whole_norms
+from gramian.optim.stacks import same
 
 __all__ = ["Rest"]
 
@@ -30,55 +32,53 @@ class Rest:
     def __init__(self) -> None:
         self._params: list[Tensor] = []
         self._lots: list[_Lot] = []
+        self._norms = Norms([])
 
-    def step(
-        self, groups: Sequence[Mapping[str, Any]], state: States, sizes: Tensor | None = None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Steps all parameters that have a gradient.
+    def step(self, groups: Sequence[Mapping[str, Any]], state: States) -> tuple[list[Tensor], Tensor | None]:
+        """Steps all parameters of some groups.
 
         Args:
-            groups: of parameters with one rate, with `lr`, `betas`, `eps`, `weight_decay` and `maximize`.
+            groups: of parameters with one rate and gradients, with `lr`, `betas`, `eps`, `weight_decay`, `maximize`;
+                with `fused=False` for steps that are the same, to the bit, for parts of the parameters.
             state: by parameter; torch's, of the same form, and the usual norm of its gradients.
-            sizes: the norms of the gradients, (P,), where they and their squares are known to be finite.
 
-        Returns the parameters that have a gradient, and which of them were skipped (P,), `None` for none.
+        Returns the parameters, and which of them were skipped (P,), `None` for none.
         """
-        numbered = [
-            (p, number)
-            for number, group in enumerate(groups)
-            for p in group["params"]
-            if p.grad is not None and p.grad.numel()
-        ]
-        params = [p for p, _ in numbered]
-        bad = None
+        params = [p for group in groups for p in group["params"]]
+        grads: list[Any] = [p.grad for p in params]
+        if not same(params, self._norms.params):
+            self._norms = Norms(params)
+        entrywise = not all(group.get("fused", True) for group in groups)
+        sizes, bad, stepped = None if entrywise else self._norms.finite(grads), None, params
         if sizes is None and params:
-            bad = not_finite([p.grad for p in params], power=2)  # type: ignore[misc]
-            numbered = [pair for pair, is_bad in zip(numbered, bad.tolist(), strict=True) if not is_bad]
-        if not self._fits(numbered, state):
-            self._arrange(numbered, state)
+            bad = not_finite(grads, power=2)
+            stepped = [p for p, is_bad in zip(params, bad.tolist(), strict=True) if not is_bad]
+        if not self._fits(stepped, state):
+            self._arrange(groups, stepped, state)
         for lot in self._lots:
-            grads = [_placed_as(p, p.grad) for p in lot.params]
-            known = torch.stack(whole_norms(grads)) if sizes is None else sizes
-            known = known if len(known) == len(grads) else known[lot.places]
-            parts = grads if sizes is not None else placement.locals_of(grads)
+            if sizes is None:
+                placed = [_placed_as(p, p.grad) for p in lot.params]
+                parts, known = placement.locals_of(placed), torch.stack(whole_norms(placed, wide=entrywise))
+            elif len(lot.params) == len(params):
+                parts, known = grads, sizes
+            else:
+                parts, known = [grads[place] for place in lot.places], sizes[lot.places]
             lot.step(groups, limited(parts, known.to(lot.usual.dtype), lot.usual))
         return params, bad
 
-    def _fits(self, numbered: Sequence[tuple[Tensor, int]], state: States) -> bool:
+    def _fits(self, params: Sequence[Tensor], state: States) -> bool:
         """Whether these are the parameters, and their state is what it was, in their present dtype and device."""
-        known = self._params
-        return (
-            len(known) == len(numbered)
-            and all(p is q for (p, _), q in zip(numbered, known, strict=True))
-            and all(lot.holds(state) for lot in self._lots)
-        )
+        return same(params, self._params) and all(lot.holds(state) for lot in self._lots)
 
-    def _arrange(self, numbered: Sequence[tuple[Tensor, int]], state: States) -> None:
+    def _arrange(self, groups: Sequence[Mapping[str, Any]], params: list[Tensor], state: States) -> None:
+        numbers: dict[Tensor, int] = {p: number for number, group in enumerate(groups) for p in group["params"]}
         alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for place, (p, _) in enumerate(numbered):
+        for place, p in enumerate(params):
             alike.setdefault((p.dtype, p.device), []).append(place)
-        self._lots = [_lot([numbered[i] for i in places], places, state) for places in alike.values()]
-        self._params = [p for p, _ in numbered]
+        self._lots = [
+            _lot([(params[i], numbers[params[i]]) for i in places], places, state) for places in alike.values()
+        ]
+        self._params = params
 
 
 class _Lot(NamedTuple):
@@ -94,24 +94,21 @@ class _Lot(NamedTuple):
     means: list[Tensor]
     squares: list[Tensor]
     counts: list[Tensor]
-    usuals: list[Tensor]
+    entries: list[tuple[Any, ...]]  # all that each state holds
     steps: Tensor
     usual: Tensor
     sharded: bool
 
     def holds(self, state: States) -> bool:
         """Whether the state of the parameters is still this one."""
-        kept = zip(self.params, self.states, self.means, self.squares, self.counts, self.usuals, strict=True)
+        if not same(list(map(state.get, self.params)), self.states):
+            return False
+        for known, entries in zip(self.states, self.entries, strict=True):
+            if not same(known.values(), entries):
+                return False
         return all(
-            state.get(p) is known
-            and known.get("exp_avg") is mean
-            and known.get("exp_avg_sq") is square
-            and known.get("step") is count
-            and known.get("usual") is usual
-            and mean.dtype == p.dtype
-            and mean.device == p.device
-            and mean.shape == p.shape
-            for p, known, mean, square, count, usual in kept
+            mean.dtype == p.dtype and mean.device == p.device and mean.shape == p.shape
+            for p, mean in zip(self.params, self.means, strict=True)
         )
 
     def step(self, groups: Sequence[Mapping[str, Any]], grads: list[Tensor]) -> None:
@@ -122,7 +119,8 @@ class _Lot(NamedTuple):
         for number, span in self.spans:
             members = (params[span], grads[span], means[span], squares[span], self.counts[span])
             if all(p.is_contiguous() for p in members[0]):
-                _fused(*members, groups[number])
+                stepped = _fused if groups[number].get("fused", True) else _entrywise
+                stepped(*members, groups[number])
                 continue
             # The fused step goes through memory and ignores strides: what is not contiguous is stepped as a copy, and
             # one by one, since such parameters may share memory.
@@ -138,8 +136,8 @@ def _lot(numbered: Sequence[tuple[Tensor, int]], places: list[int], state: State
     states = [_state_of(p, state) for p in params]
     steps = torch.stack([s["step"].to(p.device, torch.float32) for p, s in zip(params, states, strict=True)])
     usual = torch.stack([s["usual"] for s in states])
-    counts, usuals = list(steps.unbind()), list(usual.unbind())
-    for known, count, size in zip(states, counts, usuals, strict=True):
+    counts = list(steps.unbind())
+    for known, count, size in zip(states, counts, usual.unbind(), strict=True):
         known |= {"step": count, "usual": size}
     spans, start = [], 0
     for number, members in groupby(numbered, key=lambda pair: pair[1]):
@@ -148,7 +146,8 @@ def _lot(numbered: Sequence[tuple[Tensor, int]], places: list[int], state: State
         start = stop
     means, squares = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq"))
     sharded = any(hasattr(p, "placements") for p in params)
-    return _Lot(params, places, spans, states, means, squares, counts, usuals, steps, usual, sharded)
+    entries = [tuple(known.values()) for known in states]
+    return _Lot(params, places, spans, states, means, squares, counts, entries, steps, usual, sharded)
 
 
 def _state_of(p: Tensor, state: States) -> dict[str, Any]:
@@ -205,6 +204,38 @@ def _fused(
         amsgrad=False,
         maximize=group["maximize"],
     )
+
+
+def _entrywise(
+    params: list[Tensor],
+    grads: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    counts: list[Tensor],
+    group: Mapping[str, Any],
+) -> None:
+    """The same step in operations that round an entry alike wherever it lies, so that a part is stepped as the whole.
+
+    Kernels that multiply and add at once, as the fused one and torch's lerp, do not round the last entries of a tensor
+    as the others.
+    """
+    beta1, beta2 = group["betas"]
+    rate, sign = float(group["lr"]), -1.0 if group["maximize"] else 1.0
+    steps = [float(count) for count in counts]
+    own = torch._foreach_mul(grads, sign * (1 - beta1))
+    torch._foreach_mul_(means, beta1)
+    torch._foreach_add_(means, own)
+    own = torch._foreach_mul(grads, grads)
+    torch._foreach_mul_(own, 1 - beta2)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_add_(squares, own)
+    sizes = torch._foreach_sqrt(squares)
+    torch._foreach_div_(sizes, [(1 - beta2**step) ** 0.5 for step in steps])
+    torch._foreach_add_(sizes, group["eps"])
+    deltas = torch._foreach_div(means, sizes)
+    torch._foreach_mul_(deltas, [-rate / (1 - beta1**step) for step in steps])
+    torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+    torch._foreach_add_(params, deltas)
 
 
 def _placed_as(p: Any, grad: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gramian.errors import InputError
 from gramian.optim.health import Skipped
-from gramian.optim.options import LR, SHARED, Shared, check
+from gramian.optim.options import RANGES, SHARED, Shared, check
 from gramian.optim.parameters import check_caller, reason_to_leave_out, replacements
 from gramian.optim.plan import Plan
 from gramian.optim.rates import full_rate, rates_of
@@ -94,8 +94,7 @@ class Grouped(torch.optim.Optimizer):
         self._built = True
 
     def _check(self, options: Mapping[str, Any]) -> None:
-        shared = {key: option.range for key, option in SHARED.items()}
-        check(type(self).__name__, options, {"lr": LR, **self.recipe.options, **shared})
+        check(type(self).__name__, options, {**RANGES, **self.recipe.options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, routed as those before."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from gramian.linalg.engine.scaling import peak
 from gramian.optim.stacks import State
 
-__all__ = ["init", "limit_", "limited"]
+__all__ = ["init", "is_ordinary", "limit_", "limited"]
 
 MOST = 10.0
 """Times the usual size that a gradient may count for."""
@@ -34,12 +34,14 @@ def init(m: Tensor) -> State:
     return {"usual": m.new_zeros(m.shape[0], 1, 1)}
 
 
+def is_ordinary(g: Tensor, state: State) -> bool:
+    """Whether gradients (K, m, n) on a CPU are known to be finite and need no limit; their usual sizes follow then."""
+    return g.is_cpu and _are_ordinary(peak(g, (-2, -1)), state["usual"])
+
+
 def limit_(g: Tensor, state: State) -> None:
     """Scales down, in place, each gradient (K, m, n) that is larger than ten times the usual; zeros change nothing."""
-    size, usual = peak(g, (-2, -1)), state["usual"]
-    if _is_ordinary(size, usual):
-        return
-    ratio = _compared(size, usual)
+    ratio = _compared(peak(g, (-2, -1)), state["usual"])
     # A GPU is not asked, since that would wait for it.
     if g.device.type != "cpu" or float(ratio.amax()) > MOST:
         g.mul_(_share(ratio))
@@ -50,7 +52,7 @@ def limited(grads: list[Tensor], sizes: Tensor, usual: Tensor) -> list[Tensor]:
 
     Those of the user stay as they are, and nothing is copied where nothing is larger. The usual sizes follow in place.
     """
-    if _is_ordinary(sizes, usual):
+    if sizes.is_cpu and _are_ordinary(sizes, usual):
         return grads
     ratio = _compared(sizes.clamp_max(torch.finfo(sizes.dtype).max), usual)
     if float(ratio.amax()) <= MOST:  # on a GPU too, which has just been asked which gradients are finite
@@ -58,13 +60,10 @@ def limited(grads: list[Tensor], sizes: Tensor, usual: Tensor) -> list[Tensor]:
     return [g if share == 1 else g * share for g, share in zip(grads, _share(ratio).tolist(), strict=True)]
 
 
-def _is_ordinary(size: Tensor, usual: Tensor) -> bool:
-    """Whether all sizes are known to be as usual, none of them zero; the usual sizes then follow, as in `_compared`."""
-    if size.device.type != "cpu":
-        return False
+def _are_ordinary(size: Tensor, usual: Tensor) -> bool:
+    """Whether all sizes are as usual, none of them zero or NaN; the usual sizes then follow, as in `_compared`."""
     ratio = size / usual
-    least, most = ratio.aminmax()
-    if not (float(least) > 0 and float(most) <= MOST):
+    if not all(0 < value <= MOST for value in ratio.view(-1).tolist()):
         return False
     usual.mul_(ratio.pow_(FOLLOW).clamp_(SLOWEST, FASTEST))
     return True

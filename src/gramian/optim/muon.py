@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gramian import linalg
 from gramian.optim.health import sine
 from gramian.optim.options import FLAG, Shared, interval
-from gramian.optim.polar import approaches, polar
+from gramian.optim.polar import approaches, pads, polar
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.stacks import State
@@ -47,7 +47,7 @@ def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     """polar(B + (1 − μ)(g − B)), with B ← B + (1 − μ)(g − B)."""
     ahead = advanced(g, state["momentum"], context)
     if "direction" not in state:
-        return polar(ahead, context.options, out=g)
+        return polar(ahead, context.options, out=g, shape=context.shape)
     if context.due is None:
         state["direction"].copy_(orthogonal(ahead, context))
     elif len(context.due):
@@ -117,7 +117,7 @@ def look_ahead(g: Tensor, momentum: Tensor, beta: float, context: StepContext) -
 
 def orthogonal(x: Tensor, context: StepContext) -> Tensor:
     """The polar factor, to the accuracy `rtol`."""
-    return polar(x, context.options)
+    return polar(x, context.options, shape=context.shape)
 
 
 def choose(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -168,6 +168,7 @@ class Muon(MatrixOptimizer):
         momentum="momentum",
         staleness=staleness,
         choose=choose,
+        pads=pads,
     )
 
     def __init__(

@@ -125,6 +125,9 @@ SHARED: dict[str, Option] = {
 """What every matrix optimizer takes beside `lr` and the options of its own direction."""
 
 
+RANGES: dict[str, Range] = {"lr": LR, **{key: option.range for key, option in SHARED.items()}}
+
+
 def check(name: str, options: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
     """Raises `InputError` for the first option that is out of its range; every option must have one."""
     for key, value in options.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import compress
-from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from gramian.optim.adamw import Rest
 from gramian.optim.rates import Kind, by_kind, full_rates, rest_groups
 from gramian.optim.route import Route
-from gramian.optim.stacks import Stack, State
+from gramian.optim.stacks import Stack, State, same
 
 __all__ = ["Plan"]
 
@@ -50,11 +49,9 @@ class Plan:
         self.present = present
 
     @property
-    def grads(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The gradients of the matrices, and of the rest."""
-        matrices = [p.grad for p in self.stepped.get("matrix", [])]
-        rest = [p.grad for kind, params in self.stepped.items() if kind != "matrix" for p in params]
-        return matrices, rest  # type: ignore[return-value]
+    def grads(self) -> list[Tensor]:
+        """The gradients of the matrices."""
+        return [p.grad for p in self.stepped.get("matrix", [])]  # type: ignore[misc]
 
     def rest_groups(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What AdamW steps of the group now."""
@@ -65,11 +62,11 @@ class Plan:
 
     def of(self, params: Sequence[Tensor]) -> bool:
         """Whether these are its parameters."""
-        return _same(self.params, params)
+        return same(self.params, params)
 
     def changed(self, group: Mapping[str, Any], keys: Collection[str]) -> list[str]:
         """The options whose value is another than when they were checked; a tensor always counts."""
-        if _same(list(self.options.values()), [group[key] for key in keys]) and not isinstance(group["lr"], Tensor):
+        if same(list(self.options.values()), [group[key] for key in keys]) and not isinstance(group["lr"], Tensor):
             return []
         known = self.options
         return [key for key in keys if key not in known or isinstance(group[key], Tensor) or known[key] != group[key]]
@@ -83,7 +80,3 @@ class Plan:
     def keep(self, stacks: list[Stack], refresh: int) -> None:
         """Keeps the stacks that were made for the present gradients."""
         self.stacks, self._made_for = stacks, (self.present, refresh)
-
-
-def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from gramian import placement
-from gramian.linalg.engine.cost import Constants, Operations, defaults, predict
+from gramian.linalg.engine.cost import TILES, Constants, Operations, defaults, predict
 from gramian.linalg.polar_factor.few_operations import few_operations, is_small
-from gramian.linalg.polar_factor.few_passes import PAIRED_FROM, few_passes
+from gramian.linalg.polar_factor.few_passes import few_passes, products
 from gramian.linalg.polar_factor.newton_schulz import composed
 from gramian.linalg.polar_factor.zolotarev import LEAST, fractions, zolotarev
 
-__all__ = ["Approach", "approaches", "chosen", "dtype_of_products", "polar"]
+__all__ = ["Approach", "approaches", "chosen", "dtype_of_products", "pads", "polar"]
 
 RATIO = 1 / 512
 """Largest `low` that an approach may have at rtol 0.125: torch's five steps lift singular values from about there."""
@@ -33,6 +33,7 @@ HALF = 0.05  # least rtol for products in bfloat16, whose rounding leaves 0.02 t
 NARROW = 96  # least smaller side for them and for LAPACK's inverses: below it neither is faster
 GRAM = 5e-3  # least rtol for which the Gram matrix in float32 is good enough
 ASSUMED_BATCH = 8  # a direction must not depend on its batch, which differs between one process and several
+FEW = 1 << 21  # multiplications of a group's Gram matrices of one shape up to which products in bfloat16 gain nothing
 
 BISECTED = 1.05  # ratio of the bounds of a `low` that is good enough
 
@@ -61,25 +62,40 @@ class Approach(NamedTuple):
         return f"{self.method} {self.steps} {self.dtype}"
 
 
-def polar(x: Tensor, options: Mapping[str, Any], out: Tensor | None = None) -> Tensor:
+def polar(
+    x: Tensor, options: Mapping[str, Any], out: Tensor | None = None, shape: tuple[int, int] | None = None
+) -> Tensor:
     """The polar factor of each matrix (K, m, n) to `rtol`, by what `approaches` has for its shape, or as predicted.
 
-    In `out`, which may be x, if that is given: a new tensor of that size costs more than its numbers.
+    In `out`, which may be x, if that is given: a new tensor of that size costs more than its numbers. Matrices that are
+    padded to one shape are computed as those of `shape` are.
     """
-    return _of(x, options)(x, out)
+    return _of(shape or x.shape[-2:], x.device.type, options)(x, out)
+
+
+def pads(shape: tuple[int, int], device: torch.device, options: Mapping[str, Any]) -> Approach | None:
+    """How small matrices are computed that may be padded with zeros, which changes no more than rounding."""
+    found = _of(shape, device.type, options)
+    small = found.method in FIRST and found.dtype == "float32" and device.type == "cpu" and is_small(*shape)
+    return found if small else None
 
 
 def dtype_of_products(x: Tensor, options: Mapping[str, Any]) -> torch.dtype:
     """The dtype in which other products with these matrices are as exact as their polar factor, and fast."""
-    dtype = getattr(torch, _of(x, options).dtype)
+    dtype = getattr(torch, _of(x.shape[-2:], x.device.type, options).dtype)
     return dtype if dtype == torch.bfloat16 else x.dtype
 
 
-def _of(x: Tensor, options: Mapping[str, Any]) -> Approach:
-    """The approach for matrices of that shape, on that device."""
-    short, long = sorted(x.shape[-2:])
-    name = _read(options.get("approaches", ""), x.device.type).get(f"{short}x{long}")
-    return _approach(short, long, options["rtol"], x.device.type, name)
+def _of(shape: Sequence[int], device: str, options: Mapping[str, Any]) -> Approach:
+    """The approach for matrices of that shape, on that kind of device."""
+    m, n = shape
+    return _of_sides(min(m, n), max(m, n), device, options["rtol"], options.get("approaches", ""))
+
+
+@lru_cache(maxsize=1024)
+def _of_sides(short: int, long: int, device: str, rtol: float, text: str) -> Approach:
+    """The approach that `approaches` wrote for that shape, or the predicted one."""
+    return _approach(short, long, rtol, device, _read(text, device).get(f"{short}x{long}"))
 
 
 def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> str:
@@ -105,7 +121,7 @@ def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options:
         if measured:
             approach = chosen(short, long, count, rtol, kind, end - time.perf_counter())
         else:
-            approach = _approach(short, long, rtol, kind, known.get(f"{short}x{long}"))
+            approach = _approach(short, long, rtol, kind, known.get(f"{short}x{long}"), min(count, ASSUMED_BATCH))
         found.append(f"{short}x{long} {approach}")
     text = f"{head}: {', '.join(found)}"
     return placement.exchange(text)[0] if measured and placement.is_distributed() else text
@@ -159,13 +175,23 @@ def _now(device: str) -> float:
 
 
 @lru_cache(maxsize=1024)
-def _approach(short: int, long: int, rtol: float, device: str, name: str | None) -> Approach:
-    """The approach of that name; without one, the cheapest by the default constants of the cost model."""
+def _approach(
+    short: int, long: int, rtol: float, device: str, name: str | None, count: int = ASSUMED_BATCH
+) -> Approach:
+    """The approach of that name; without one, the cheapest by the default constants of the cost model.
+
+    Those know nothing of what a call in bfloat16 or of LAPACK's costs beside its work, which for a few small matrices
+    on a CPU is more than they save; a matrix unit saves more.
+    """
+    costs = _costs(device)
+    few = device == "cpu" and count * short * short * long <= FEW and costs.factors["bfloat16"] != TILES
     best, least = Approach("quintics", MOST, "float32", LEAST), math.inf
     for candidate, operations in _candidates(short, long / max(short, 1), rtol):
-        seconds = predict(operations, short, ASSUMED_BATCH, _costs(device))
         if str(candidate) == name:
             return candidate
+        if few and operations.keys() != {"float32"}:
+            continue
+        seconds = predict(operations, short, ASSUMED_BATCH, costs)
         if seconds < least:
             best, least = candidate, seconds
     return best
@@ -176,10 +202,7 @@ def _candidates(short: int, ratio: float, rtol: float) -> Iterator[tuple[Approac
     for dtype in ("float32", *(["bfloat16"] if rtol >= HALF and short >= NARROW else [])):
         for method, degree in FIRST.items():
             steps, low = _fewest(method, rtol)
-            most = 1 if dtype == "bfloat16" else steps
-            pairs = min(steps // 2, most) if ratio >= PAIRED_FROM else 0
-            products = pairs * (2 * ratio + 5) + (steps - 2 * pairs) * (2 * ratio + 1) + (degree > 5)
-            yield Approach(method, steps, dtype, low), {dtype: products}
+            yield Approach(method, steps, dtype, low), {dtype: products(ratio, steps, degree, getattr(torch, dtype))}
         if rtol >= GRAM and short >= NARROW:
             terms, low = _fewest("fractions", rtol)
             # The Gram matrix is halved; what is left out is worth a third of a product with A.

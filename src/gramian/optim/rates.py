@@ -92,6 +92,7 @@ def rest_groups(
             "betas": group["rest_betas"],
             "eps": group["rest_eps"],
             "maximize": group["maximize"],
+            "fused": group.get("fused", True),
         }
         for kind, params in members.items()
         if kind != "matrix"

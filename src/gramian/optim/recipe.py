@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,12 +28,14 @@ class StepContext:
         all_alive: whether `alive` is known to be all ones, without synchronizing with the device.
         due: indices of the matrices whose costly parts are to be recomputed in this step; `None` for all.
         options: the parameter group: the direction's own options and the shared ones.
+        shape: (m, n) of the first matrix, which under `Recipe.pads` may be padded; `None` for that of the gradients.
     """
 
     alive: Tensor
     all_alive: bool
     due: Tensor | None
     options: Mapping[str, Any]
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class Recipe:
             `refresh` steps are from their present values; `None` where nothing is kept.
         choose: `choose(shapes, device, options)`: what is decided once for the matrices of a group, of these shapes
             (m, n), and kept in the group and its state. It is asked again when options change, with the group itself.
+        pads: `pads(shape, device, options)`: what two shapes have in common whose matrices may be padded with zeros
+            (and transposed) to be one stack, which must not change their state or direction; `None` for no others.
     """
 
     init: Callable[[Tensor, Mapping[str, Any]], State]
@@ -67,3 +71,4 @@ class Recipe:
     fallbacks: str | None = None
     staleness: Callable[[State, Mapping[str, Any]], Tensor | None] | None = None
     choose: Callable[[Iterable[tuple[int, int]], torch.device, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    pads: Callable[[tuple[int, int], torch.device, Mapping[str, Any]], Hashable] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,32 +15,15 @@ from gramian.linalg.engine.scaling import peak
 from gramian.optim.stacks import State
 from gramian.placement.shards import spread_of
 
-__all__ = ["Sharding", "finite_norms", "not_finite", "whole_norms"]
+__all__ = ["Sharding", "not_finite", "whole_norms"]
 
 
-def finite_norms(grads: list[Tensor]) -> Tensor | None:
-    """The norm of each gradient, (P,), if these show that all of them and their squares are finite.
-
-    Where it is `None`, `not_finite` tells which are not, if any: it asks the other ranks too, and a GPU without
-    waiting.
+def whole_norms(grads: Sequence[Tensor], *, wide: bool = False) -> list[Tensor]:
+    """The Frobenius norm of each gradient as a whole, the same on all ranks that share it; in float32 at least, or in
+    float64 (`wide`), where its rounding to float32 is the same however the gradient is divided.
     """
-    if not grads or any(type(g) is not Tensor or g.device.type != "cpu" for g in grads):
-        return None
-    norms = torch._foreach_norm(grads)
-    dtypes = {norm.dtype for norm in norms}
-    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    found = torch.stack([norm.to(wide) for norm in norms] if dtypes != {wide} else norms)
-    # A norm in bfloat16 or float16 is rounded by far less than the factor of two. The largest is NaN if one is.
-    most = min(torch.finfo(dtype).max for dtype in dtypes) ** 0.5 / 2
-    return found if float(found.amax()) < most else None
-
-
-def whole_norms(grads: Sequence[Tensor]) -> list[Tensor]:
-    """The Frobenius norm of each gradient as a whole, in float32 or wider, the same on all ranks that share it."""
-    norms = [
-        torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        for x in placement.locals_of(grads)
-    ]
+    least = torch.float64 if wide else torch.float32
+    norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, least)) for x in placement.locals_of(grads)]
     for indices in _by_group(grads).values():
         # A part that several ranks hold (a mesh with a dimension of replicas) is summed as often.
         squares = [norms[i].double().square() / spread_of(grads[i]).copies for i in indices]

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from gramian.errors import InputError
-from gramian.optim.guard import limit_
+from gramian.optim.flags import Flags
+from gramian.optim.guard import is_ordinary, limit_
 from gramian.optim.health import Row, measure
 from gramian.optim.parameters import check_not_replaced, check_step
 from gramian.optim.plan import Plan
 from gramian.optim.recipe import StepContext
 from gramian.optim.refresh import due, stagger
+from gramian.optim.route import Route
 from gramian.optim.saved import Saved
 from gramian.optim.scaling import step_length
-from gramian.optim.sharding import finite_norms, not_finite
-from gramian.optim.stacks import Stack, alike
+from gramian.optim.stacks import Stack, alike, joined
 from gramian.rows import NamedRows
 
 __all__ = ["MatrixOptimizer"]
@@ -99,18 +100,12 @@ class MatrixOptimizer(Saved):
             with torch.enable_grad():
                 loss = closure()
         plans = self._prepared()
-        grads = [plan.grads for plan in plans]
-        norms = finite_norms([g for both in grads for part in both for g in part])
         self._skipped.begin()
         with self._clock.timed([g for g, plan in zip(self.param_groups, plans, strict=True) if plan.matrices]):
             for group, plan in zip(self.param_groups, plans, strict=True):
-                self._step_matrices(group, plan, finite=norms is not None)
-            start = 0
-            for group, plan, (matrices, rest) in zip(self.param_groups, plans, grads, strict=True):
-                start += len(matrices)
-                sizes = None if norms is None else norms[start : start + len(rest)]
-                self._count(*plan.rest.step(plan.rest_groups(group), self.state, sizes))
-                start += len(rest)
+                self._step_matrices(group, plan)
+            for group, plan in zip(self.param_groups, plans, strict=True):
+                self._count(*plan.rest.step(plan.rest_groups(group), self.state))
         return loss
 
     def _prepared(self) -> list[Plan]:
@@ -157,29 +152,29 @@ class MatrixOptimizer(Saved):
                 )
             same = same and shapes == wanted
         if same:
+            plan.stacks = None  # what may be padded to one shape may have changed
             return plan
         self._routes.update((r.parameter, r) for r in routes)
         new_plan = Plan(group, self._routes)
         new_plan.options = plan.options
         return new_plan
 
-    def _step_matrices(self, group: dict[str, Any], plan: Plan, *, finite: bool) -> None:
+    def _step_matrices(self, group: dict[str, Any], plan: Plan) -> None:
         params = plan.stepped.get("matrix", [])
         if params:
-            bad = None if finite else not_finite([p.grad for p in params])  # type: ignore[misc]
-            self._count(params, bad)
+            flags = Flags(params, plan.grads)
             grads, updates = self._sharding.gradients(params), {}
-            flags = None if bad is None else dict(zip(params, bad.unbind(), strict=True))
-            keep = _decay(params, bad, float(group["lr"]) * group["weight_decay"])
+            rate = float(group["lr"]) * group["weight_decay"]
             for stack in self._current(group, plan, grads):
                 given = [grads.get(p) for p in stack.params]
                 update = self._step_stack(stack, group, given, flags)
                 if self._sharding:
                     updates.update(zip(stack.params, stack.unstacked(update), strict=True))
                 else:  # at once, while it lies in the cache and in memory that the next stack takes
-                    stack.add_(update, [g is not None for g in given], keep)
+                    stack.add_(update, [g is not None for g in given], flags.keep(rate))
             if self._sharding:
-                self._sharding.add_(params, updates, keep)
+                self._sharding.add_(params, updates, flags.keep(rate))
+            self._count(params, flags.bad)
         if plan.matrices:
             group["step"] += 1
 
@@ -195,32 +190,41 @@ class MatrixOptimizer(Saved):
                 if p.grad is not None:
                     self.state.setdefault(p, {})  # on all ranks, which torch.distributed.checkpoint wants
             routes = [self._routes[p] for p in plan.matrices if p in grads or self._pauses(p)]
-            stacks = [Stack(same, lambda m: self._initial(m, group), self.state) for same in alike(routes)]
+            stacks = [Stack(same, lambda m: self._initial(m, group), self.state) for same in self._alike(routes, group)]
             for stack in stacks:
                 self.state.update((r.parameter, views) for r, views in zip(stack.routes, stack.views, strict=True))
             stagger(stacks, [self._routes[p] for p in plan.matrices], group["refresh"])
             plan.keep(stacks, group["refresh"])
         return stacks
 
-    def _step_stack(
-        self, stack: Stack, group: dict[str, Any], grads: list[Tensor | None], flags: Mapping[Tensor, Tensor] | None
-    ) -> Tensor:
+    def _alike(self, routes: Sequence[Route], group: Mapping[str, Any]) -> list[list[Route]]:
+        """The routes of each stack. Sharded matrices are not padded: which are together depends on the ranks. Nor are
+        any in a run that is to be the same on all numbers of ranks (`fused=False`, as for AdamW's part).
+        """
+        found, pads = alike(routes), self.recipe.pads
+        if pads is None or self._sharding or not group.get("fused", True):
+            return found
+        return joined(found, lambda shape, device: pads(shape, device, group))
+
+    def _step_stack(self, stack: Stack, group: dict[str, Any], grads: list[Tensor | None], flags: Flags) -> Tensor:
         """The update of the stack's matrices (K, m, n), which is still to be added."""
         g = stack.stacked(grads, lasting=bool(self._sharding))
         if group["maximize"]:
             g.neg_()
         bad = None
-        if flags is not None or any(given is None for given in grads):
-            bad = stack.repeated(_bad(stack.params, grads, flags, g.device))
+        if not (flags.waits and all(given is not None for given in grads) and is_ordinary(g, stack.state)):
+            bad = flags.of(stack, grads)
             # Bad gradients are masked on the device, without synchronizing; on a CPU, it costs nothing to look first.
             if g.device.type != "cpu" or bool(bad.any()):
                 g.masked_fill_(bad, 0.0)
             else:
                 bad = None
-        limit_(g, stack.state)
+            limit_(g, stack.state)
         alive = stack.alive if bad is None else (~bad).to(g.dtype)
-        direction = self.recipe.update(g, stack.state, StepContext(alive, bad is None, due(stack, group), group))
-        stack.fresh.zero_()
+        context = StepContext(alive, bad is None, due(stack, group), group, stack.first)
+        direction = self.recipe.update(g, stack.state, context)
+        if group["refresh"] > 1:
+            stack.fresh.zero_()
         factors = self._scales(stack, group) * -float(group["lr"])
         if bad is not None:
             factors.mul_(alive)
@@ -286,24 +290,3 @@ class MatrixOptimizer(Saved):
             if p in groups:
                 rows[r.name] |= measure(self.state.get(p, {}), self.recipe, groups[p], detail)
         return rows
-
-
-def _bad(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    flags: Mapping[Tensor, Tensor] | None,
-    device: torch.device,
-) -> Tensor:
-    """Which parameters have no finite gradient in this step (P,)."""
-    if flags is None:
-        return torch.tensor([g is None for g in grads], device=device)
-    missing = torch.ones_like(next(iter(flags.values())))
-    return torch.stack([flags.get(p, missing) for p in params]).to(device)
-
-
-def _decay(params: Sequence[Tensor], bad: Tensor | None, rate: float) -> dict[Tensor, Tensor] | float:
-    """What each parameter is multiplied by: 1 − rate, or one where it is skipped."""
-    if bad is None or not rate:
-        return 1 - rate
-    wide = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
-    return dict(zip(params, torch.ones_like(bad, dtype=wide).masked_fill_(~bad, 1 - rate).unbind(), strict=True))

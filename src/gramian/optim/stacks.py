@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import compress
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from itertools import combinations, compress
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from gramian.errors import InputError
 from gramian.linalg.engine.workspace import is_kept, scratch
 from gramian.optim.route import Route
 
-__all__ = ["Stack", "State", "alike"]
+__all__ = ["Stack", "State", "alike", "joined", "same"]
 
 State = dict[str, Tensor]
 
@@ -22,6 +24,9 @@ MAX_BYTES = {"cpu": 6 << 20}
 """Of the matrices in one stack, by kind of device: on a CPU so many as stay in its cache between operations."""
 
 MAX_BYTES_ELSEWHERE = 256 << 20
+
+STACK = 200_000
+"""Multiplications in Gram matrices that cost as much as what is called for a stack, whatever its size."""
 
 
 def alike(routes: Sequence[Route]) -> list[list[Route]]:
@@ -43,8 +48,55 @@ def alike(routes: Sequence[Route]) -> list[list[Route]]:
     return [group for groups in kinds.values() for group in groups]
 
 
+def joined(
+    stacks: Sequence[list[Route]], kind: Callable[[tuple[int, int], torch.device], Hashable]
+) -> list[list[Route]]:
+    """What `alike` found, with stacks of one kind made one where that costs less; `None` stays as it is.
+
+    Matrices are padded with zeros then, and the tall ones transposed: products with zeros in place of calls.
+    """
+    found: list[tuple[Hashable, list[Route]]] = []
+    for routes in stacks:
+        views = all(map(_is_reshaped, routes))
+        found.append((kind(_shape(routes[0]), routes[0].parameter.device) if views else None, routes))
+    while True:
+        best: tuple[int, int, int] = (0, 0, 0)
+        for i, j in combinations(range(len(found)), 2):
+            if found[i][0] is not None and found[i][0] == found[j][0]:
+                best = max(best, (_saved(found[i][1], found[j][1]), -i, -j))
+        saved, i, j = best
+        if not saved:
+            return [routes for _, routes in found]
+        _, more = found.pop(-j)
+        found[-i][1].extend(more)
+
+
+def _saved(a: Sequence[Route], b: Sequence[Route]) -> int:
+    """Multiplications that one stack saves, against two; at most zero where it would not do."""
+    routes = [*a, *b]
+    p, other = a[0].parameter, b[0].parameter
+    short, long = _sides(routes)
+    size = sum(map(_number, routes)) * short * long
+    views = all(_number(r) == 1 or _shape(r)[0] == short for r in routes)
+    if (p.dtype, p.device) != (other.dtype, other.device) or not views or 4 * size > MAX_BYTES["cpu"]:
+        return 0
+    return STACK - sum(_multiplications(x, *_sides(routes)) - _multiplications(x, *_sides(x)) for x in (a, b))
+
+
+def _multiplications(routes: Sequence[Route], short: int, long: int) -> int:
+    return sum(map(_number, routes)) * short * short * long
+
+
+def _sides(routes: Sequence[Route]) -> tuple[int, int]:
+    """The sides, the shorter one first, of the least matrix in which each of theirs has room."""
+    pairs = [sorted(_shape(r)) for r in routes]
+    return max(short for short, _ in pairs), max(long for _, long in pairs)
+
+
 class Stack:
     """K matrices (m, n) of one or more parameters, and their state as tensors `(K, …)`.
+
+    Where they are of several shapes, each is padded with zeros, and transposed if it is too tall.
 
     The state of each parameter is a view of these, of shape `(*its number of matrices, …)`, so that both change
     together. `fresh` (K,) says which matrices lacked a part of their state before this step. It is `in_order` where
@@ -56,8 +108,10 @@ class Stack:
     ) -> None:
         self.routes = tuple(routes)
         self.params = [r.parameter for r in routes]
-        self.counts = [math.prod(_matrices(r)[:-2]) for r in routes]
-        self.shape = (sum(self.counts), *_matrices(self.routes[0])[-2:])
+        self.counts = [_number(r) for r in routes]
+        self.first = _shape(self.routes[0])
+        self.is_padded = len(set(map(_shape, routes))) > 1
+        self.shape = (sum(self.counts), *(_sides(routes) if self.is_padded else self.first))
         p = self.routes[0].parameter
         like = torch.empty((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
         self.param_dtype, self.dtype, self.device = p.dtype, like.dtype, like.device
@@ -74,7 +128,8 @@ class Stack:
         for name, buffer in self.state.items():
             parts = zip(self.routes, self.views, buffer.split(self.counts), self.fresh.split(self.counts), strict=True)
             for r, views, view, fresh in parts:
-                views[name] = view.view(*_matrices(r)[:-2], *buffer.shape[1:])
+                own = self._own(r, view)
+                views[name] = own.view(*_matrices(r)[:-2], *own.shape[1:])
                 known = states.get(r.parameter, {}).get(name)
                 if known is None:
                     fresh.fill_(True)
@@ -89,11 +144,9 @@ class Stack:
 
     def holds(self, states: Mapping[Tensor, State]) -> bool:
         """Whether the present state of its parameters lies here, in the dtype and on the device that they have now."""
-        for r, views in zip(self.routes, self.views, strict=True):
-            p = r.parameter
-            if states.get(p) is not views or p.dtype != self.param_dtype or p.device != self.device:
-                return False
-        return True
+        if not same(list(map(states.get, self.params)), self.views):
+            return False
+        return all(p.dtype == self.param_dtype and p.device == self.device for p in self.params)
 
     def stacked(self, tensors: Sequence[Tensor | None], *, lasting: bool) -> Tensor:
         """A copy of one tensor for each parameter, as matrices (K, m, n); zeros for `None`.
@@ -101,6 +154,8 @@ class Stack:
         Unless it is `lasting`, the next stack is copied to the same memory.
         """
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device) if lasting else self._scratch()
+        if self.is_padded:
+            out.zero_()
         known = [tensor for tensor in tensors if tensor is not None]
         if self.in_order and len(known) == len(tensors):
             torch._foreach_copy_(self._as_params(out), known)
@@ -109,8 +164,15 @@ class Stack:
             if tensor is None:
                 into.zero_()
             else:
-                into.view(_matrices(r)).copy_(r.layout.split(tensor))  # type: ignore[union-attr]
+                self._own(r, into).view(_matrices(r)).copy_(r.layout.split(tensor))  # type: ignore[union-attr]
         return out
+
+    def _own(self, r: Route, part: Tensor) -> Tensor:
+        """Of a parameter's part of a buffer (K, …), what is not padding, as its matrices lie."""
+        if not self.is_padded:
+            return part
+        m, n = _shape(r)
+        return (part.mT if m > self.shape[1] else part)[:, :m, :n]
 
     def _scratch(self) -> Tensor:
         found = scratch("stack", self.shape, self.dtype, self.alive)
@@ -123,7 +185,8 @@ class Stack:
         """Matrices (K, m, n) that are `in_order` as views of each parameter's shape."""
         if x is self._buffer:
             return self._shaped
-        return [part.view(p.shape) for p, part in zip(self.params, x.split(self.counts), strict=True)]
+        parts = zip(self.routes, x.split(self.counts), strict=True)
+        return [self._own(r, part).view(r.parameter.shape) for r, part in parts]
 
     def unstacked(self, matrices: Tensor) -> list[Tensor]:
         """Matrices (K, m, n) as one tensor for each parameter, of its shape; views where layouts allow."""
@@ -168,10 +231,24 @@ class Stack:
         return values.repeat_interleave(counts, output_size=self.shape[0]).view(-1, 1, 1)
 
 
+def same(a: Collection[Any], b: Collection[Any]) -> bool:
+    """Whether both hold the same objects, in the same order."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
 def _is_reshaped(r: Route) -> bool:
     """Whether the entries of the matrices follow each other as in the parameter, so that a reshape gives them."""
     assert r.layout is not None
     return sum(r.layout.dims, ()) == sum(r.layout.sides, ())
+
+
+def _shape(r: Route) -> tuple[int, int]:
+    m, n = _matrices(r)[-2:]
+    return m, n
+
+
+def _number(r: Route) -> int:
+    return math.prod(_matrices(r)[:-2])
 
 
 def _matrices(r: Route) -> tuple[int, ...]:

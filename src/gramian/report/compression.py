@@ -118,8 +118,8 @@ class Outcome:
         curve: pairs of the share that is kept and the measure.
         layers: in the order of the model.
         batch: samples of the larger batch.
-        predicted: the rise of the calibration loss that the plan predicts.
-        predicted_text: the same with its interval, in words.
+        predicted: the rise of the loss that the plan predicts.
+        predicted_text: the same with its interval, and on which data, in words.
         seconds: that calibrating and factoring took.
         notes: what must be known before the result is used.
         remarks: what was done beside it, such as a refit.
@@ -219,7 +219,7 @@ class Outcome:
             status="warning" if bad or self.notes or self._slower_than_dense() else "good",
             tiles=self._tiles(),
             sections=[self._choice(plots), self._per_layer()],
-            footer=f"calibrated and factored in {self.seconds:.1f} s · predicted rise of the calibration loss "
+            footer=f"calibrated and factored in {self.seconds:.1f} s · predicted rise of the loss: "
             f"{self.predicted_text or format(self.predicted, '.2g')} · times are medians of passes in turns on this "
             "machine, and speeds those of pairs of neighbors, with an interval of 95 %",
         )

@@ -10,7 +10,8 @@ An exception on one rank must not leave the others waiting in a collective. So w
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from gramian.training.stream import checksum
 
 __all__ = [
     "Failure",
+    "Share",
     "add_gradients",
     "check_batch",
     "check_identity",
@@ -40,11 +42,24 @@ __all__ = [
     "has_rows",
     "rows",
     "same_weights_",
+    "share",
     "sums",
 ]
 
 # Generous bound on the rounding of a float32 sum over a batch; a loss that is no sum over rows differs by far more.
 ROUNDING = 1e-3
+
+
+class Share(NamedTuple):
+    """The rows `number`, `number + of`, `number + 2 of` … of a batch."""
+
+    number: int
+    of: int
+
+
+def share() -> Share:
+    """The rows of a batch that this rank takes: every N-th, of N ranks."""
+    return Share(*placement.world())
 
 
 def first() -> bool:
@@ -93,18 +108,23 @@ def exchanged(facts: dict[str, Any], failure: Failure) -> list[dict[str, Any]]:
     return found
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, slices: int | None = None) -> None:
     """Raise `UnsupportedError` for a model whose gradients do not add up over shares of a batch."""
-    if not placement.is_distributed():
+    if not (placement.is_distributed() or slices):
         return
     for name, module in model.named_modules():
+        if slices and isinstance(module, _BatchNorm):
+            raise UnsupportedError(
+                f"train: {name} is a {type(module).__name__}, whose statistics would be those of a slice. Use "
+                "GroupNorm or LayerNorm, or leave slices out"
+            )
         if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
             raise UnsupportedError(
                 f"train: {name} is a {type(module).__name__}, which would see only its rank's share of a batch. "
                 "Use SyncBatchNorm (on GPUs), GroupNorm or LayerNorm, or train in one process"
             )
     parallel = any(isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for m in wrappings(model))
-    if parallel or any(map(placement.is_sharded, model.parameters())):
+    if placement.is_distributed() and (parallel or any(map(placement.is_sharded, model.parameters()))):
         raise UnsupportedError(
             f"train: the task's model is a wrapped or sharded {type(model).__name__}; expected the plain module, whose "
             "gradients train adds up itself. For FSDP2 give the plain module, and shard=True (--shard)"
@@ -135,70 +155,74 @@ def same_weights_(model: nn.Module) -> None:
                 tensor.copy_(wire)
 
 
-def has_rows(batch: Any) -> bool:
-    """Whether this rank gets rows of the batch: the last ranks get none of a batch that is smaller than their number.
+def has_rows(batch: Any, share: Share) -> bool:
+    """Whether a share of the batch has rows: the last shares have none of a batch that is smaller than their number.
 
-    Such a rank takes no forward pass, and adds nothing to the sums.
+    Then no forward pass is taken, and nothing is added to the sums.
     """
-    rank, size = placement.world()
-    counts = [len(t) for t in tensors(batch) if t.ndim] if size > 1 else []
-    return not counts or min(counts) > rank
+    counts = [len(t) for t in tensors(batch) if t.ndim] if share.of > 1 else []
+    return not counts or min(counts) > share.number
 
 
-def rows(batch: Any) -> Any:
-    """Return this rank's rows of each tensor in the batch: every N-th, of N ranks; the first where it has none."""
-    rank, size = placement.world()
-    own = slice(rank, None, size) if has_rows(batch) else slice(1)
-    return batch if size == 1 else mapped(batch, lambda t: t[own], _not_rows)
+def rows(batch: Any, share: Share) -> Any:
+    """Return a share's rows of each tensor in the batch; the first where it has none."""
+    own = slice(share.number, None, share.of) if has_rows(batch, share) else slice(1)
+    return batch if share.of == 1 else mapped(batch, lambda t: t[own], _not_rows)
 
 
-def check_rows(model: nn.Module, batch: Any) -> None:
-    """Raise where a batch has no rows that ranks can divide."""
-    if not placement.is_distributed():
+def check_rows(model: nn.Module, batch: Any, num_shares: int) -> None:
+    """Raise where a batch has no rows that shares can divide."""
+    if num_shares == 1:
         return
-    num_ranks = placement.world().size
+    what = f"{num_shares} {'ranks' if num_shares == placement.world().size else 'slices'}"
+    otherwise = "train in one process" if placement.is_distributed() else "leave slices out"
     if any(t.is_nested or t.layout is not torch.strided for t in tensors(batch)):
         raise UnsupportedError(
-            f"train: {num_ranks} ranks divide a batch by rows, and of a sparse or nested tensor torch takes no rows. "
-            "Make it such in the model's forward, or train in one process"
+            f"train: {what} divide a batch by rows, and of a sparse or nested tensor torch takes no rows. "
+            f"Make it such in the model's forward, or {otherwise}"
         )
     counts = {len(t) if t.ndim else 0 for t in tensors(batch)}
     if len(counts) != 1 or min(counts) < 1:
         raise UnsupportedError(
-            f"train: {num_ranks} ranks divide a batch by rows, but its tensors have {sorted(counts)} rows. Put the "
-            "samples in the first dimension, or train in one process"
+            f"train: {what} divide a batch by rows, but its tensors have {sorted(counts)} rows. Put the "
+            f"samples in the first dimension, or {otherwise}"
         )
-    if min(counts) < num_ranks and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+    if min(counts) < num_shares and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise UnsupportedError(
-            f"train: a batch has {min(counts)} rows for {num_ranks} ranks, and SyncBatchNorm needs one on each. Leave "
+            f"train: a batch has {min(counts)} rows for {num_shares} ranks, and SyncBatchNorm needs one on each. Leave "
             "out the last, smaller batch (drop_last=True)"
         )
 
 
-def check_batch(model: nn.Module, objective: Objective, batch: Any, failure: Failure) -> None:
-    """Raise where the ranks drew different batches, or the loss is not a sum over the rows of the tensors."""
-    if not placement.is_distributed():
+def check_batch(model: nn.Module, objective: Objective, batch: Any, shares: Sequence[Share], failure: Failure) -> None:
+    """Raise where the ranks drew different batches, or the loss is not a sum over the rows of the tensors.
+
+    `shares` are this rank's.
+    """
+    num_shares = shares[0].of
+    if num_shares == 1:
         return
     if len(set(placement.exchange(str(checksum(batch))))) > 1:
         raise _alike(
             TaskError("train: the ranks drew different batches. Draw everything random in them from the generator")
         )
-    whole = own = (torch.zeros(()), 0.0)
+    whole, own = (torch.zeros(()), 0.0), (torch.zeros((), dtype=torch.float64), 0.0)
     with evaluating(model), torch.no_grad():
         with failure.caught():
             whole = objective.summed(model, batch)
-        with failure.caught():
-            found = objective.summed(model, rows(batch))
-            own = found if has_rows(batch) else own
-        total, counted = sums(*own, failure)
+        for share in shares:
+            with failure.caught():
+                loss, units = objective.summed(model, rows(batch, share))
+                own = (own[0] + loss.double(), own[1] + units) if has_rows(batch, share) else own
+        total, counted = sums(*own, None if not placement.is_distributed() else failure)
     loss, units = float(whole[0]), whole[1]
     known = math.isfinite(total) and math.isfinite(loss)  # else the step is skipped
     if not math.isclose(counted, units, rel_tol=1e-5) or (known and not math.isclose(total, loss, rel_tol=ROUNDING)):
         raise _alike(
             UnsupportedError(
                 f"train: the loss of a batch, {loss:.6g} over {units:g} units, is not the sum over its rows, "
-                f"{total:.6g} over {counted:g}, so that ranks cannot divide it. Train in one process, or put the "
-                "samples in the first dimension"
+                f"{total:.6g} over {counted:g}, so that {num_shares} shares cannot divide it. Train in one process "
+                "without slices, or put the samples in the first dimension"
             )
         )
 
@@ -245,20 +269,27 @@ def _alike(error: GramianError) -> GramianError:
     return error
 
 
-def add_gradients(model: nn.Module, failure: Failure) -> None:
-    """Add up the gradients over the ranks, in place; a missing gradient counts as zero."""
-    if not placement.is_distributed():
-        return
+def add_gradients(model: nn.Module, failure: Failure, held: Mapping[Tensor, Tensor] | None = None) -> None:
+    """Add up the gradients over the ranks; a missing gradient counts as zero.
+
+    Args:
+        model: whose parameters get the sums as their gradients.
+        failure: of this rank.
+        held: this rank's gradients by parameter, overwritten; those of the parameters, in place, by default.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
-    known = torch.tensor([failure.error is not None, *(p.grad is not None for p in params)], dtype=torch.int64)
-    placement.all_reduce_sum([known])
-    failed, *counts = known.tolist()
-    failure.tell(failed > 0)
-    used = [p for p, count in zip(params, counts, strict=True) if count]
-    for p in used:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    placement.all_reduce_sum([p.grad for p in used if p.grad is not None])
+    own = {p: p.grad for p in params if p.grad is not None} if held is None else held
+    if placement.is_distributed():
+        known = torch.tensor([failure.error is not None, *(p in own for p in params)], dtype=torch.int64)
+        placement.all_reduce_sum([known])
+        failed, *counts = known.tolist()
+        failure.tell(failed > 0)
+        params = [p for p, count in zip(params, counts, strict=True) if count]
+        kind = None if held is None else torch.float64
+        own = {p: torch.zeros_like(p, dtype=kind) if p not in own else own[p] for p in params}
+        placement.all_reduce_sum(own.values())
+    for p, total in own.items():
+        p.grad = total.to(p.dtype)
 
 
 def _not_rows(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.compression.budget.predicting import losses_of
+from gramian.compression.budget.points import losses_of
 from gramian.compression.calibration.calibrating import Measure, around_output
 from gramian.compression.calibration.reading import Reader
 from gramian.compression.fitting.refitting import pair_of

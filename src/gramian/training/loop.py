@@ -29,6 +29,7 @@ from gramian.training.options import Options
 from gramian.training.running import NONFINITE_STEPS, Loop
 from gramian.training.schedule import WARMUP_STEPS, Schedule, as_budget, check_warmup
 from gramian.training.sharding import shard_, whole_copy
+from gramian.training.slices import check_slices
 from gramian.training.stream import Stream
 from gramian.training.suggesting import AUTO, rounded, suggested
 from gramian.training.task import Run, Task, as_task, calling
@@ -60,6 +61,7 @@ def train(
     patience: int | None = None,
     seed: int = 0,
     shard: bool = False,
+    slices: int | None = None,
     watch: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
@@ -83,9 +85,10 @@ def train(
     units, whose labels are all ignored, adds nothing.
 
     In a process group, call it on all ranks. Each takes its rows of every batch, and the step is that of the whole
-    batch: the same as in one process, within rounding, except for dropout. All ranks draw all batches and evaluate; the
-    first one writes. Gradients are added up after the backward pass, not during it; with `shard`, as FSDP2 does. A run
-    may be resumed on another number of ranks, with `shard` or without, within rounding; a warning says so.
+    batch: the same as in one process, within rounding, except for dropout, and to the bit with `slices`. All ranks draw
+    all batches and evaluate; the first one writes. Gradients are added up after the backward pass, not during it; with
+    `shard`, as FSDP2 does. A run may be resumed on another number of ranks, with `shard` or without, within
+    rounding; a warning says so.
 
     Args:
         task: what to train.
@@ -122,6 +125,10 @@ def train(
             Python and numpy are seeded with it, and are left as they were.
         shard: whether parameters, gradients and the optimizer's state are divided over the ranks (FSDP2). On one rank
             the model stays whole, and a warning says so.
+        slices: take every batch in so many forward and backward passes, each over every `slices`-th row, which ranks
+            share out. A run is then the same to the bit on 1, 2 … ranks that divide the number, with dropout and
+            `shard` too, and may move from one to another; AdamW's with `shard` within rounding. On one rank, a large
+            batch in little memory. Sums of gradients take 8 bytes an entry.
         watch: whether `gm.watch` looks at the first step and every 50th or fewer, so that it takes no more than 2 % of
             the time: `Run.findings` has what it found, and the report too. It changes no number of the run.
         out: a folder for `metrics.jsonl` (a line for each evaluation, as it happens), `checkpoint.safetensors` while
@@ -165,7 +172,9 @@ def train(
         augment or {},
         best,
         patience,
+        slices,
     )
+    check_slices(slices)
 
     def length() -> float:
         """The number of steps, where it is known."""
@@ -196,7 +205,7 @@ def train(
             lr = rounded(suggested(task, automatic, init, seed))
         choice = choose(automatic, lr, options, length)
     with naming_the_lost(), noticing(), seeded(seed), ExitStack() as stack:
-        model = _model_of(task, saved=place is not None)
+        model = _model_of(task, slices, saved=place is not None)
         run = Run(model, out=None if out is None else Path(out), optimizer=choice.name)
         identity = identity_of(task, model, choice, init, seed, budget) | options.identity()
         agreement.check_identity(identity)
@@ -225,14 +234,14 @@ def train(
             with calling(task, f"the initialization ({init}) of the model"):
                 run.init = start.initialize(init, model, task, objective, seed)
             agreement.same_weights_(model)
-            if not agreement.first():
+            if not agreement.first() and slices is None:
                 torch.manual_seed(seed + placement.world().rank)  # dropout masks differ, as the rows do
         before = ""
         if report is not None and saved is None:
             with seeded(seed):
                 before = page.diagnose(model, task, objective).to_json()
         if shard:
-            shard_(model)
+            shard_(model, wide=slices is not None)
         with calling(None, "optimizer(model)"):
             opt = choice.make(model)
         run.rate_from = "suggested" if automatic and lr is not None else rate_from(optimizer, lr, options, length)
@@ -255,7 +264,7 @@ def train(
     return run
 
 
-def _model_of(task: Task, *, saved: bool) -> nn.Module:
+def _model_of(task: Task, slices: int | None, *, saved: bool) -> nn.Module:
     """The task's model, checked, also whether its state can be `saved`, and the same on all ranks."""
     model = None
     with placement.agreed("train"):
@@ -265,7 +274,7 @@ def _model_of(task: Task, *, saved: bool) -> nn.Module:
         if saved:
             check_state(model, task)
     assert model is not None
-    agreement.check_model(model)
+    agreement.check_model(model, slices)
     return model
 
 

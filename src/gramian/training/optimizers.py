@@ -102,7 +102,9 @@ def skips_itself(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _completed(optimizer: Any, model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """The optimizer with the weight decay and the penalty of the options."""
+    """The optimizer with the weight decay and the penalty of the options; without fused steps where a batch is in
+    slices, since those round an entry by its place in a tensor, of which a rank may have a part.
+    """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TaskError(
             f"train: optimizer(model) must return a torch.optim.Optimizer, got a {type(optimizer).__name__}"
@@ -112,6 +114,9 @@ def _completed(optimizer: Any, model: nn.Module, options: Options) -> torch.opti
             if "weight_decay" not in group:
                 raise InputError(f"train: {type(optimizer).__name__} has no weight decay; use regularize l2 instead")
             group["weight_decay"] = options.weight_decay
+    if options.slices is not None and isinstance(optimizer, MatrixOptimizer):
+        for group in optimizer.param_groups:
+            group["fused"] = False
     found = penalty(options.regularize)
     return optimizer if found is None else _proximal(optimizer, model, found)
 

@@ -31,6 +31,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.
 
 # Batches in a step: more of them are a mistake, and the run would say nothing for days.
 MOST_BATCHES = 10**6
+MOST_SLICES = 10**4
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Options:
     augment: Mapping[str, float] = field(default_factory=dict)
     best: str | None = None
     patience: int | None = None
+    slices: int | None = None
 
     def __post_init__(self) -> None:
         one_of("schedule", self.schedule, SCHEDULES)
@@ -55,6 +57,8 @@ class Options:
         check("warmup", self.warmup, lambda n: n >= 0, "a number of steps, zero or more")
         told = f"a number of batches, from 1 to {MOST_BATCHES:,}"
         check("accumulate", self.accumulate, lambda n: is_whole(n) and 1 <= n <= MOST_BATCHES, told)
+        told = f"a number of passes over a batch, from 1 to {MOST_SLICES:,}"
+        check("slices", self.slices, lambda n: n is None or (is_whole(n) and 1 <= n <= MOST_SLICES), told)
         for name, value in (("clip", self.clip), ("patience", self.patience)):
             check(name, value, lambda x: x is None or 0 < x < math.inf, "a positive number")
         told = "zero or a positive number"

@@ -78,13 +78,13 @@ def random_states(device: torch.device) -> list[dict[str, Any]]:
     return placement.exchange_json(own | {"python": as_plain(state_of_python())})
 
 
-def restore_random_state(states: list[dict[str, Any]], device: torch.device, steps: int) -> None:
+def restore_random_state(states: list[dict[str, Any]], device: torch.device, steps: int, *, same: bool = False) -> None:
     """Set this rank's global generators to their states from `random_states`; of a rank that was not there, seed them.
 
-    Where the number of ranks has changed, a warning says so.
+    Where the number of ranks has changed, a warning says so; not where they were the `same` on all ranks (slices).
     """
     rank, size = placement.world()
-    if size != len(states) and rank == 0:
+    if size != len(states) and rank == 0 and not same:
         warnings.warn(
             f"train: the run was on {len(states)} rank(s) and goes on with {size}, from step {steps:,}: within "
             "rounding, not bitwise, and with other dropout masks",
@@ -93,7 +93,7 @@ def restore_random_state(states: list[dict[str, Any]], device: torch.device, ste
         )
     own = dict(states[min(rank, len(states) - 1)])
     restore_python(own.pop("python"))
-    if rank >= len(states):
+    if rank >= len(states) and not same:
         torch.manual_seed(1_000_003 * steps + rank)
         return
     tensors = {name: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for name, text in own.items()}

@@ -335,7 +335,7 @@ class Loop:
             own = _tensors(run.model)
             self.best = {name: as_parts(value.to(self.device), own[name]) for name, value in saved["best"].items()}
             self.stream.restore(saved["stream"])
-            restore_random_state(saved["random"], self.device, run.steps)
+            restore_random_state(saved["random"], self.device, run.steps, same=self.options.slices is not None)
             schedule.set_epoch(self.stream.length)
         except GramianError:
             raise

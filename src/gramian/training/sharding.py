@@ -20,20 +20,22 @@ from gramian.training.task import Task, calling
 __all__ = ["as_parts", "gathered", "is_divided", "load_model", "optimizer_parts", "shard_", "whole_copy"]
 
 
-def shard_(model: nn.Module) -> None:
+def shard_(model: nn.Module, *, wide: bool = False) -> None:
     """Divide the parameters over all ranks: each block of a list of blocks by itself, then the rest.
 
-    A block is gathered for its forward and backward pass alone. With one rank nothing is done.
+    A block is gathered for its forward and backward pass alone. With one rank nothing is done. Gradients are added up
+    in their own dtype, or in float64 (`wide`).
     """
     if not placement.is_distributed():
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (placement.world().size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float64 if wide else None)
     for module in (*_blocks(model), model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a loss is a sum over the ranks, and so is its gradient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from gramian.training.optimizers import skips_itself
 from gramian.training.options import PRECISIONS, Options
 from gramian.training.scaling import LossScale
 from gramian.training.sharding import is_divided
+from gramian.training.slices import Slices, clip_
 from gramian.training.slow import Slow
 from gramian.training.stream import Stream
 from gramian.training.task import Task, calling, named
@@ -68,8 +70,10 @@ class Stepper:
         self.alone = not placement.is_distributed()
         self._half = PRECISIONS[options.precision]
         self._step = step_of(optimizer)
+        self.slices = None if options.slices is None else Slices(model, options.slices, seed)
+        self._share = agreement.share()
         # Then a batch's loss is all that there is to its forward pass.
-        self._is_plain = self.alone and self._half is None and not options.augment
+        self._is_plain = self.alone and self._half is None and not options.augment and self.slices is None
         self._watch = options.clip is not None or self.scale.active or not skips_itself(optimizer)
 
     def step(self, stream: Stream, num_batches: int) -> tuple[float, float, bool]:
@@ -83,6 +87,8 @@ class Stepper:
         """
         self._buffers.note()
         forget_gradients(self.optimizer)
+        if self.slices is not None:
+            self.slices.begin()
         total = units = 0.0
         first = 0.0  # the divisor of all gradients, until the number of all units is known
         sound = True
@@ -92,11 +98,15 @@ class Stepper:
         for number in range(num_batches):
             if number and slow is not None:
                 slow.tell(number)
-            amount, counted, own, weight = self._forward(stream)
+            if self.slices is None:
+                amount, counted, own, weight = self._forward(stream)
+            else:
+                amount, counted = self._in_slices(self.slices, stream, last=number == num_batches - 1)
+                own, weight = None, 1.0
             total, units = total + amount, units + counted
             sound = sound and math.isfinite(amount)
             if sound and counted:
-                first = first or counted
+                first = first or (counted if self.slices is None else 1.0)
                 try:
                     if own is not None:
                         if not own.requires_grad:
@@ -104,8 +114,8 @@ class Stepper:
                         _backward(own, self._gradient_of(own, weight * self.scale.value / first))
                 except BaseException as error:
                     self._caught(error, "the backward pass")
-        if not self.divided and not self.alone:
-            agreement.add_gradients(self.model, self.failure)
+        if not self.divided and not (self.alone and self.slices is None):
+            agreement.add_gradients(self.model, self.failure, None if self.slices is None else self.slices.sums)
         taken = sound and not first  # there is nothing to do
         self.overflowed = False
         if sound and first:
@@ -161,39 +171,77 @@ class Stepper:
         batch, own = None, None
         loss, units, weight = self._nothing, 0.0, 1.0
         try:
-            batch = stream.take()
-            seed = (self.seed, stream.epoch, stream.taken)
-            batch = augmented(batch, self.options.augment, seed) if self.options.augment else batch
-            if stream.taken == 1 and not self.alone:
-                agreement.check_rows(self.model, batch)
-            weight = 1.0 if self.alone else float(agreement.has_rows(batch))
+            batch, seed = self._batch_of(stream)
+            weight = 1.0 if self.alone else float(agreement.has_rows(batch, self._share))
             if weight or self.divided:
-                own, count = self._loss(batch, seed)
+                own, count = self._loss(batch, seed, self._share)
                 loss, units = (own, count) if weight else (loss, units)
         except BaseException as error:
             self._caught(error)
-        amount, number = agreement.sums(loss, units, None if self.alone else self.failure, (stream.epoch, stream.taken))
-        if stream.taken == 1:
-            agreement.check_batch(self.model, self.objective, batch, self.failure)
+        amount, number = self._sums(stream, batch, loss, units, [self._share])
         return amount, number, own, weight
 
-    def _loss(self, batch: Any, seed: tuple[int, ...]) -> tuple[Tensor, float]:
-        """This rank's loss and units of a batch, with the precision of the forward pass."""
+    def _in_slices(self, slices: Slices, stream: Stream, *, last: bool) -> tuple[float, float]:
+        """The loss and the units of the next batch, of all ranks, after the backward passes of this rank's slices.
+
+        Gradients are those of the loss itself: the number of units is not known yet.
+        """
+        batch, loss, units = None, 0.0, 0.0
+        try:
+            batch, seed = self._batch_of(stream)
+            for share in slices.shares:
+                weight = float(agreement.has_rows(batch, share))
+                if not (weight or self.divided):
+                    continue
+                slices.expect(last=last and share is slices.shares[-1])
+                with slices.seeded(share, (stream.epoch, stream.taken)):
+                    own, count = self._loss(batch, seed, share)
+                    if count or self.divided:
+                        if not own.requires_grad:
+                            raise self._without_gradient()
+                        with calling(self.task, "the backward pass"):
+                            _backward(own, self._gradient_of(own, weight * self.scale.value))
+                loss, units = loss + weight * own.item(), units + weight * count
+                slices.add()
+        except BaseException as error:
+            self._caught(error)
+        return self._sums(stream, batch, torch.tensor(loss, dtype=torch.float64), units, slices.shares)
+
+    def _batch_of(self, stream: Stream) -> tuple[Any, tuple[int, ...]]:
+        """The next batch, changed by the augmentation, with the seed of the changes."""
+        batch = stream.take()
+        seed = (self.seed, stream.epoch, stream.taken)
+        batch = augmented(batch, self.options.augment, seed) if self.options.augment else batch
+        if stream.taken == 1:
+            agreement.check_rows(self.model, batch, self.options.slices or self._share.of)
+        return batch, seed
+
+    def _sums(
+        self, stream: Stream, batch: Any, loss: Tensor, units: float, shares: Sequence[agreement.Share]
+    ) -> tuple[float, float]:
+        """The loss and the units of a batch, of all ranks; the first of an epoch is checked."""
+        found = agreement.sums(loss, units, None if self.alone else self.failure, (stream.epoch, stream.taken))
+        if stream.taken == 1:
+            agreement.check_batch(self.model, self.objective, batch, shares, self.failure)
+        return found
+
+    def _loss(self, batch: Any, seed: tuple[int, ...], share: agreement.Share) -> tuple[Tensor, float]:
+        """The loss and units of a share of a batch, with the precision of the forward pass."""
         try:
             if self._half is None:
-                return self._of_parts(batch, seed)
+                return self._of_parts(batch, seed, share)
             with torch.autocast(self.device.type, self._half):
-                return self._of_parts(batch, seed)
+                return self._of_parts(batch, seed, share)
         except BaseException:
             with calling(self.task, FORWARD):
                 raise
 
-    def _of_parts(self, batch: Any, seed: tuple[int, ...]) -> tuple[Tensor, float]:
-        """The loss and units of a batch; of a mixed one, both parts share the forward pass."""
+    def _of_parts(self, batch: Any, seed: tuple[int, ...], share: agreement.Share) -> tuple[Tensor, float]:
+        """The loss and units of a share of a batch; of a mixed one, both parts share the forward pass."""
         parts = mixed(batch, self.options.augment, seed) if self.options.augment else [(1.0, batch)]
         if len(parts) == 1:
-            return self._summed(batch if self.alone else agreement.rows(batch))
-        own = [(weight, prepared(self.model, agreement.rows(part))) for weight, part in parts]
+            return self._summed(agreement.rows(batch, share))
+        own = [(weight, prepared(self.model, agreement.rows(part, share))) for weight, part in parts]
         if self.objective is not self.task.objective:  # loss(model, batch), whose forward pass is its own
             found = [(w, *self.objective.loss(self.model, part, empty=True)) for w, part in own]
         else:
@@ -216,7 +264,9 @@ class Stepper:
             sound = all_finite(grads, flag=self._flag)
             if placement.any_rank(not sound) if self.divided else not sound:
                 return False
-            if self.options.clip is not None:
+            if self.options.clip is not None and self.slices is not None:
+                clip_(grads, self.options.clip, divided=self.divided)
+            elif self.options.clip is not None:
                 torch.nn.utils.clip_grad_norm_([p for p in self._params if p.grad is not None], self.options.clip)
         try:
             self._step()

@@ -1,10 +1,12 @@
 """Optimism: what of a rise on training data is there because the model was trained on their labels.
 
-Of the gradient that is left after training, what was learned from all samples alike is the mean over new samples too;
-the rest is the samples' own noise, and training has moved the weights along both. A cut takes both away. On the
-training data the loss then rises by `c ‖Q(ḡ + ξ)‖²`, with the gradient along what is cut, its mean ḡ and the noise ξ of
-N samples; on new data, whose noise is another, by `c ⟨Qḡ, Q(ḡ + ξ)⟩`, in expectation `c ‖Qḡ‖²`. Products of gradients
-of different folds have that expectation, as the noise of one fold is not that of another.
+Where the loss has curvature h, training from zero goes the share 1 − e of the way to the training data's optimum, which
+is w + n: what all data share, and the noise of N samples. What is left of the training gradient is −h e (w + n), and
+of that on new data h ((1 − e) n − e w). Cutting the direction costs the divergence ½ h (1 − e)² (w + n)²; the labels
+add h e (1 − e) (w + n)² on training data, and h (1 − e) (w + n) (e w − (1 − e) n) on new data. So if a share s of the
+optimum is noise, n² = s (w² + n²) in expectation, labels add 1 − s / e times as much on new data. The rise tells e: it
+is labels / (labels + 2 divergence). Gradients tell s: products of those of different folds of the training data, whose
+own noise is not the same, have the mean h² (e² w² − (1 − e²) n²), which is 1 − s / e² of the whole gradient's square.
 """
 
 from __future__ import annotations
@@ -28,38 +30,69 @@ __all__ = ["Kept", "kept_on_new_data"]
 
 FOLDS = 8
 """As many gradients of the factored layers are in memory at once."""
+TAIL = 0.05
+"""Of an interval of nine in ten, on either side."""
 STUDENT = 1.895
 """The 95 % quantile of Student's t with FOLDS - 1 degrees of freedom."""
 
 
 class Kept(NamedTuple):
-    """The share of what labels add to a rise on training data that is there on new data too, with half its interval.
+    """The share of the training gradient's square that the gradients of different folds agree on, along what is cut.
 
     Attributes:
-        share: at most about 1; negative where cutting a layer makes the model better on new data.
+        share: at most about 1; negative where the model knows its training data by heart.
         error: half the interval of 90 %.
     """
 
     share: float
     error: float
 
+    def added(self, labels: float, divergence: float) -> tuple[float, float, float]:
+        """What labels add to a rise on new data, between the least and the most that it may be in nine of ten cases.
+
+        The noise is that of all directions in which layers lose something. What a cut takes may have another share of
+        it, of which only the mean is known: Markov's inequality bounds it. Nor is e that of every direction; noise lies
+        where curvature is small, so that its e is between that of the whole cut and 1. The middle is taken, and for the
+        interval the worst of these.
+
+        Args:
+            labels: what they add on training data; where that is not positive, nothing follows from it.
+            divergence: the part of the rise that does not depend on labels.
+        """
+        if labels <= 0:
+            return labels, labels, labels
+        left = labels / (labels + 2 * max(divergence, 0.0))
+        middle = (1 + left) / 2
+        rise = labels * (1 - _noise(middle, self.share) / middle)
+        most = max(1 - self.share + self.error, 1e-12)
+        worst = min(max(math.sqrt(TAIL / most), left), 1.0)
+        low = labels * (1 - min(worst**2 * most / TAIL, 1.0) / worst)
+        high = labels * (1 - max(1 - (1 - _noise(left, self.share + self.error)) / TAIL, 0.0))
+        return min(low, rise), rise, max(high, rise)
+
+
+def _noise(e: float, share: float) -> float:
+    """The share of noise in the training optimum, where training has left e of the way."""
+    return min(max(e * e * (1 - share), 0.0), 1.0)
+
 
 def kept_on_new_data(plans: Sequence[Any], measure: Measure) -> list[Kept | None]:
-    """The share of the label part of each plan's rise that new data show, from the gradients of folds of training data.
+    """How far the gradients of different folds of training data agree, along what each plan cuts.
 
     Args:
         plans: of ranks, of one model.
         measure: batches that the model was trained on, and how many samples there were in all.
 
     Returns:
-        For each plan `‖Qḡ‖² / (‖Qḡ‖² + tr(QΣ)/N)` with a jackknife interval; `None` where there are fewer than FOLDS
+        For each plan `⟨Qg, Qg'⟩ / (⟨Qg, Qg'⟩ + tr(QΣ)/N)`, with the gradients g and g' of different folds along what is
+        cut and the covariance Σ of single samples', and a jackknife interval; `None` where there are fewer than FOLDS
         batches, or no layer is cut whose weight is a parameter.
 
     Raises: as the objective.
     Cost: a backward pass of each batch, and FOLDS gradients in memory; for each plan two QR decompositions for each
     layer, and two products for each fold.
-    Source: this library's own; for a loss to second order it is the optimism of AIC and TIC (Takeuchi 1976) along what
-    is cut, with the response of a training that has not converged, which the rise itself tells.
+    Source: this library's own; `Kept.added` is then the optimism of AIC and TIC (Takeuchi 1976) along what is cut, with
+    the response of a training that has not converged, which the rise itself tells.
     """
     batches = [*measure.batches, *measure.more]
     if len(batches) < FOLDS or measure.trained_on is None or not plans:

@@ -13,7 +13,8 @@ from torch import nn
 
 from gramian.compression.budget.filling import fill, uniform
 from gramian.compression.budget.mixing import Choices, Form, choices, loss_of, mix, possible, size_of
-from gramian.compression.budget.predicting import Point, Predicted, Rises
+from gramian.compression.budget.points import Point
+from gramian.compression.budget.predicting import Predicted, Rises
 from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.choosing.measuring import num_bytes
 from gramian.compression.layers.building import built, tied

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
-
-from gramian.calls import prepared
 from gramian.compression.budget.optimism import Kept, kept_on_new_data
+from gramian.compression.budget.points import Point, measured_points
 from gramian.compression.calibration.calibrating import Measure
-from gramian.recording import evaluating
-from gramian.recording.failing import naming_the_layer
 
-__all__ = ["REMOVED", "Point", "Predicted", "Rises", "losses_of", "measured_points", "predict"]
+__all__ = ["REMOVED", "Predicted", "Rises", "predict"]
 
 INTERPOLATION = 0.1
 """How far the rise between two measured points may at least be from the line between them, as a share of it."""
-PRECISE, LEAST = 0.05, 8
-"""Half the interval of a measured rise, as a share of it, with which no more batches are asked; and so many are."""
 ON_NEW_DATA = (-1.0, 1.6, 1.25)
 """How a rise on new data is bounded by its two parts on training data: at least the first times the divergence, at most
 the second times the divergence and the third times what is beyond it. From eleven models, of which four knew their
@@ -40,25 +32,30 @@ class Predicted(NamedTuple):
     """The rise of the mean loss that is expected, and an interval that holds nine in ten.
 
     Attributes:
-        rise: of the mean loss per unit, on data like those that it was measured on.
+        rise: of the mean loss per unit.
         low, high: the interval, of new data; NaN where nothing was measured.
         measured: whether it was measured or lies between measurements, and neither beyond the last one, as only in a
             plan from a file, nor on the second-order estimate alone, which is often several times too low.
+        seen: whether `rise` is that on data like the calibration's, which may be those that the model was trained on,
+            so that it is another on new data; else it is that on new data.
 
     >>> Predicted(0.00123456, 0.0011111, 0.0013333, True)
     Predicted(rise=0.00123, low=0.00111, high=0.00133, measured=True)
     >>> print(Predicted(0.12, -0.0067, 0.24, True))
     rise of the mean loss at most 0.24
+    >>> print(Predicted(0.12, -0.0067, 0.24, True, seen=True))
+    rise of the mean loss at most 0.24 on new data, 0.12 on data like the calibration's
     """
 
     rise: float
     low: float
     high: float
     measured: bool
+    seen: bool = False
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name}={getattr(self, name):.3g}" for name in ("rise", "low", "high"))
-        return f"Predicted({numbers}, measured={self.measured})"
+        return f"Predicted({numbers}, measured={self.measured}{', seen=True' if self.seen else ''})"
 
     def _repr_html_(self) -> str:
         return f"<p>{self}</p>"
@@ -68,140 +65,15 @@ class Predicted(NamedTuple):
 
     @property
     def interval(self) -> str:
-        """The rise and its interval in numbers alone; where it may be none, only what it is at most."""
+        """The rise and its interval; where it may be none, or is not of new data, what it is there at most."""
         if math.isnan(self.low):
             return f"{self.rise:.2g} (to second order)"
         how = "" if self.measured else ", extrapolated"
+        if self.seen:
+            return f"at most {self.high:.2g} on new data, {self.rise:.2g} on data like the calibration's{how}"
         if self.low <= 0 < self.high:
             return f"at most {self.high:.2g}{how}"
         return f"{self.rise:.2g} ({self.low:.2g} to {self.high:.2g}{how})"
-
-
-class Point(NamedTuple):
-    """One measurement: the second-order estimate of a plan, and what the loss rose by, with half its 90 % interval.
-
-    Attributes:
-        estimate: the second-order estimate.
-        rise: of the mean loss.
-        error: half the interval.
-        cut: whether ranks were cut, or weights rounded: the estimate of the one is off by another factor.
-        divergence: the part of the rise that does not depend on labels, where the data may be those that the model was
-            trained on, so that the other part may be another on new data; else `None`.
-    """
-
-    estimate: float
-    rise: float
-    error: float
-    cut: bool = True
-    divergence: float | None = None
-
-
-def losses_of(model: nn.Module, measure: Measure) -> list[tuple[float, float]]:
-    """The sum of losses and the number of units of each batch, which may be none, as where all labels are ignored."""
-    found = []
-    with evaluating(model), torch.no_grad():
-        for batch in measure.batches:
-            with naming_the_layer("compress", batch, measure.objective, model):
-                total, units = measure.objective.loss(model, batch, empty=True)
-            found.append((float(total), float(units)))
-    return found
-
-
-def measured_points(
-    model: nn.Module,
-    measure: Measure,
-    plans: Iterable[tuple[float, Callable[[], nn.Module], bool]],
-    kept: Sequence[Kept | None] = (),
-) -> tuple[Point, ...]:
-    """The rises of the loss of smaller models, on as many batches as it takes to know each of them well.
-
-    A rise is the divergence from the original's predictions, which needs no labels, and what the labels add, whose
-    noise is nearly all of the rise's. So batches that the statistics have seen are asked too, for their labels: a
-    cut fits them better than others, but that shows in the divergence, which is taken from the batches kept apart.
-
-    Args:
-        model: the one that they were made of.
-        measure: the batches, which are asked in an order drawn once, and the loss.
-        plans: of each smaller model the second-order estimate, a function that makes it, and whether ranks were cut.
-        kept: for each the share of what labels add that is there on new data; without it, points tell of these data.
-
-    Returns:
-        As many points.
-
-    Raises: as the objective.
-    Cost: a pass of the batches for each, or of those that are enough; and two of up to 16 of them for divergences.
-    Source: sequential sampling to a relative width (Chow & Robbins 1965).
-    """
-    apart = [Measure([batch], measure.objective) for batch in _drawn(measure.batches)]
-    asked = apart + [Measure([batch], measure.objective) for batch in _drawn(measure.more)]
-    before: list[tuple[float, float]] = []
-    found = []
-    with evaluating(model):  # which may be what the smaller ones are compared with
-        for (estimate, make, cut), share in itertools.zip_longest(plans, kept):
-            small, after = make(), []
-            point = Point(estimate, math.nan, math.nan, cut)
-            for one in asked:
-                before += losses_of(model, one) if len(before) == len(after) else []
-                after += losses_of(small, one)
-                point = _point(estimate, before[: len(after)], after)._replace(cut=cut)
-                if len(after) >= LEAST and point.error <= PRECISE * abs(point.rise):
-                    break
-            seen = asked[len(apart) : len(after)]
-            found.append(point if measure.new else _on_new_data(_parted(point, model, small, (apart, seen)), share))
-    return tuple(found)
-
-
-def _on_new_data(point: Point, kept: Kept | None) -> Point:
-    """A point of training data as one of new data: with as much of what labels add as is there.
-
-    That is at least minus twice the divergence, as where a layer has learned nothing but noise and all of it is cut.
-    More of it is there than the share says where training has nearly converged along what is cut: by the share of the
-    way that is left, which for a loss to second order is `labels / (labels + 2 divergence)`.
-    """
-    if kept is None or point.divergence is None or point.rise <= point.divergence:
-        return point
-    moved, labels = point.divergence, point.rise - point.divergence
-    least, left = -2 * moved, labels / (labels + 2 * max(moved, 0.0))
-    most = 1 - left * (1 - min(kept.share + kept.error, 1.0))
-    low, rise, high = (max(least, share * labels) for share in (kept.share - kept.error, kept.share, most))
-    error = math.hypot(rise / labels * point.error, max(high - rise, rise - low))
-    return point._replace(rise=moved + rise, error=error, divergence=None)
-
-
-def _drawn(batches: Sequence[Any]) -> list[Any]:
-    """The batches in an order that is drawn once, since they may be sorted."""
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
-    return [batches[i] for i in order]
-
-
-def _parted(point: Point, model: nn.Module, small: nn.Module, asked: tuple[list[Measure], list[Measure]]) -> Point:
-    """A point with its divergence on batches kept apart, and the rise as if that were the one on all of them."""
-    apart, seen = asked
-    objective = apart[0].objective
-    if objective.against is not None:  # the rise is the divergence
-        return point
-    if objective.divergence is None:
-        return point._replace(divergence=min(point.estimate, max(point.rise, 0.0)))
-    own, other = (_divergence(model, small, part[:LEAST]) for part in (apart, seen))
-    own = other if math.isnan(own.rise) else own  # the batches kept apart may have no labels
-    if math.isnan(other.rise):
-        return point._replace(divergence=own.rise)
-    share = len(seen) / (len(seen) + len(apart))
-    error = math.hypot(point.error, share * own.error, share * other.error)
-    return point._replace(rise=point.rise + share * (own.rise - other.rise), error=error, divergence=own.rise)
-
-
-def _divergence(model: nn.Module, small: nn.Module, asked: Sequence[Measure]) -> Point:
-    """The mean divergence of the small model's predictions from the model's, with half its interval."""
-    sums = []
-    with evaluating(small), torch.no_grad():
-        for measure in asked:
-            objective, batch = measure.objective, prepared(model, measure.batches[0])
-            assert objective.divergence is not None
-            reference, output = objective.predict(model, batch), objective.predict(small, batch)
-            _, units = objective.checked(objective.criterion(output, batch), empty=True)
-            sums.append((float(objective.divergence(output, reference, batch)), float(units)))
-    return _point(0.0, [(0.0, units) for _, units in sums], sums)
 
 
 @dataclass(eq=False)
@@ -278,20 +150,6 @@ def _smallest(plan: Any) -> Any:
     return plan.at(keep=plan.at(keep=1.0, of="factorable").smallest, of="factorable")
 
 
-def _point(estimate: float, before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]) -> Point:
-    """A point from the losses of the same batches before and after."""
-    units = sum(n for _, n in before)
-    if not units:
-        return Point(estimate, math.nan, math.nan)
-    rises = [b - a for (a, _), (b, _) in zip(before, after, strict=True)]
-    rise = sum(rises) / units
-    if len(rises) < 2:
-        return Point(estimate, rise, abs(rise))
-    each = [r - rise * n for r, (_, n) in zip(rises, before, strict=True)]
-    spread = sum(e * e for e in each) * len(each) / (len(each) - 1)
-    return Point(estimate, rise, _student(len(rises) - 1) * math.sqrt(spread) / units)
-
-
 def predict(estimate: float, points: Sequence[Point]) -> Predicted:
     """The rise at a second-order estimate: on the line between the nearest points, of logarithms of both.
 
@@ -302,7 +160,7 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
     Returns:
         The rise with its interval, which is extrapolated beyond the largest estimate that was measured; the estimate
         itself where nothing was measured. Where the data may be those that the model was trained on, the rise is that
-        on such data, and the interval one for new data.
+        on such data, and the interval one for new data; with `Point.kept` both are for new data.
 
     Raises: nothing of its own.
     Cost: none to speak of.
@@ -323,14 +181,22 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
     rise, error = _between(estimate, left, right)
     outside = max(0.0, math.log(estimate / right.estimate))  # beyond the last point, less is known
     rough = INTERPOLATION if estimate == right.estimate else _roughness(known)
-    half = math.hypot(error, (rough + 0.5 * outside) * abs(rise))
-    low, high = rise - half, rise + half
-    if left.divergence is not None and right.divergence is not None:
-        ends = Point(left.estimate, left.divergence, 0.0), Point(right.estimate, right.divergence, 0.0)
-        moved, _ = _between(estimate, *ends)
-        least, most, beyond = ON_NEW_DATA
-        low, high = min(low, least * moved), high + (most - 1) * moved + (beyond - 1) * max(rise - moved, 0.0)
-    return Predicted(rise, low, high, outside == 0)
+    rough += 0.5 * outside
+    half = math.hypot(error, rough * abs(rise))
+    if left.divergence is None or right.divergence is None:
+        return Predicted(rise, rise - half, rise + half, outside == 0)
+    ends = Point(left.estimate, left.divergence, 0.0), Point(right.estimate, right.divergence, 0.0)
+    moved, _ = _between(estimate, *ends)
+    if right.kept is not None:
+        low, added, high = _kept(estimate, left, right, right.kept).added(rise - moved, moved)
+        half = math.hypot(error, rough * (abs(moved) + abs(added)))
+        rise = moved + added
+        low, high = rise - math.hypot(half, added - low), rise + math.hypot(half, high - added)
+        return Predicted(rise, low, high, outside == 0)
+    least, most, beyond = ON_NEW_DATA
+    low = min(rise - half, least * moved)
+    high = rise + half + (most - 1) * moved + (beyond - 1) * max(rise - moved, 0.0)
+    return Predicted(rise, low, high, outside == 0, seen=True)
 
 
 def _between(estimate: float, left: Point, right: Point) -> tuple[float, float]:
@@ -346,6 +212,14 @@ def _between(estimate: float, left: Point, right: Point) -> tuple[float, float]:
     return rise, rise * (abs(1 - share) * left.error / left.rise + abs(share) * right.error / right.rise)
 
 
+def _kept(estimate: float, left: Point, right: Point, last: Kept) -> Kept:
+    """What is known of new data between two points; below the first and beyond the last it is as there."""
+    if left.kept is None or left.estimate <= 0 or estimate >= right.estimate:
+        return last
+    share = math.log(estimate / left.estimate) / math.log(right.estimate / left.estimate)
+    return Kept(*((1 - share) * a + share * b for a, b in zip(left.kept, last, strict=True)))
+
+
 def _roughness(known: Sequence[Point]) -> float:
     """How far a rise may be from the line between two points: half as far as points are from their neighbors' line."""
     off = [
@@ -354,9 +228,3 @@ def _roughness(known: Sequence[Point]) -> float:
         if point.rise > 0 and left.estimate < point.estimate < right.estimate
     ]
     return max([INTERPOLATION, *(0.5 * one for one in off)])
-
-
-def _student(freedom: int) -> float:
-    """The 95 % quantile of Student's t, by its expansion (Abramowitz & Stegun, 26.7.5)."""
-    z = 1.6449
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def plan_for(
     *,
     narrower: bool = False,
     plan_file: str | Path | None = None,
+    trained_on: int | None = None,
     progress: Callable[[str, float, str], None] | None = None,
 ) -> AnyPlan:
     """A plan of `gm.compress` or `gm.narrow`, with the exact G where the model has few outputs.
@@ -51,6 +53,7 @@ def plan_for(
         objective: as in `gm.capture`.
         narrower: whether heads, units and channels are removed, as by `gm.narrow`.
         plan_file: a plan that is read in place of a calibration; where there is no such file, the first rank writes it.
+        trained_on: as in `gm.compress`.
         progress: called as `progress(stage, share done, remark)`.
 
     Raises:
@@ -68,7 +71,7 @@ def plan_for(
     shared = f", by {size} processes" if size > 1 else ""
     tell("Calibrate", 0.0, f"{len(batches)} batches{shared}")
     layers = max(1, len(blocks(model).blocks))
-    verb, done_as = (narrow, "narrowed") if narrower else (compress, "factored")
+    verb, done_as = (narrow, "narrowed") if narrower else (partial(compress, trained_on=trained_on), "factored")
     with evaluating(model), placement.agreed("compress"):
         exact = _exact(as_objective(objective), model, batches[0])
     with _together(model) as called:

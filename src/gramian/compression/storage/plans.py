@@ -16,8 +16,10 @@ from gramian.checkpoint import clean_name, load_tree, open_checkpoint, save_tree
 from gramian.checkpoint.names import as_path
 from gramian.checkpoint.trees import TREE
 from gramian.compression.budget.mixing import Form
+from gramian.compression.budget.optimism import Kept
 from gramian.compression.budget.plan import Plan
-from gramian.compression.budget.predicting import Point, Rises
+from gramian.compression.budget.points import Point
+from gramian.compression.budget.predicting import Rises
 from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.layers.feedback import Feedback
 from gramian.compression.layers.modules import copied, submodule
@@ -33,7 +35,7 @@ AnyPlan = Plan | NarrowPlan
 
 PLANS = (Plan, NarrowPlan)
 STORED: dict[str, type] = {
-    cls.__name__: cls for cls in (*PLANS, WeightedSVD, Feedback, Form, Point, Rises, Narrowed, Units, Part)
+    cls.__name__: cls for cls in (*PLANS, WeightedSVD, Feedback, Form, Point, Kept, Rises, Narrowed, Units, Part)
 }
 """The classes that a plan consists of, whose fields are written by name."""
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gramian.compression.budget.predicting import Point, Predicted, Rises
+from gramian.compression.budget.points import Point
+from gramian.compression.budget.predicting import Predicted, Rises
 from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.layers.modules import copied, submodule
 from gramian.compression.storage.files import pretrained_support

@@ -14,7 +14,8 @@ from gramian.batch import first_samples, num_samples, tensors
 from gramian.block import Block, blocks
 from gramian.calls import as_model, prepared, unwrapped
 from gramian.compression.budget.planning import judged
-from gramian.compression.budget.predicting import REMOVED, Rises, measured_points
+from gramian.compression.budget.points import measured_points
+from gramian.compression.budget.predicting import REMOVED, Rises
 from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.calibration.calibrating import Measure, calibrate
 from gramian.compression.calibration.correcting import corrected

@@ -88,6 +88,11 @@ class Context:
         return dict(self.model.named_modules())
 
     @cached_property
+    def owners(self) -> set[str]:
+        """The modules that have parameters of their own."""
+        return {name for name, m in self.modules.items() if any(True for _ in m.parameters(recurse=False))}
+
+    @cached_property
     def frozen(self) -> list[str]:
         return [name for name, p in self.parameters.items() if not p.requires_grad]
 
@@ -319,8 +324,7 @@ class Context:
     def activations(self) -> list[Activation]:
         """The activations of the network: not those of a loss, behind all that has parameters."""
         seen = self.observed
-        owned = [c.order for c in seen.calls if self._has_parameters(c.name)]
-        last = max((*seen.used.values(), *owned), default=0)
+        last = max((*seen.used.values(), *(c.order for c in seen.calls if c.name in self.owners)), default=0)
         return [a for a in seen.activations if not a.is_outside or a.order < last]
 
     def source_of(self, activation: Activation) -> str:
@@ -328,13 +332,10 @@ class Context:
 
         A parameter that a module around it takes by itself counts as that module's.
         """
-        before = [c for c in self.observed.calls if c.order < activation.order and c.name != activation.name]
-        owned = [(c.order, c.name) for c in before if self._has_parameters(c.name)]
-        used = [(order, self.module_of(n)) for n, order in self.observed.used.items() if order < activation.order]
-        return max(owned + used, default=(0, activation.name), key=lambda one: one[0])[1]
-
-    def _has_parameters(self, module: str) -> bool:
-        return any(True for _ in self.model.get_submodule(module).parameters(recurse=False))
+        seen, before = self.observed, activation.order
+        called = [(c.order, c.name) for c in seen.calls if c.name in self.owners and c.name != activation.name]
+        used = [(order, self.module_of(n)) for n, order in seen.used.items()]
+        return max((one for one in called + used if one[0] < before), default=(0, activation.name))[1]
 
     def module_of(self, parameter: str) -> str:
         """The name of the module that owns a parameter."""

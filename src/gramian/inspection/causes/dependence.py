@@ -239,7 +239,8 @@ def _standardized(x: Tensor) -> Tensor:
 
 def _neighbors(products: Tensor) -> Tensor:
     """Indices (N, k) of the nearest other samples, from x xᵀ."""
-    nearness = 2 * products - products.diagonal()  # less the square of the distance, up to one number for each sample
+    # Less the square of the distance, up to one number for each sample.
+    nearness = (2 * products).sub_(products.diagonal())
     return nearness.fill_diagonal_(-math.inf).topk(NEIGHBORS).indices
 
 

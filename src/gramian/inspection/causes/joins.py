@@ -201,18 +201,23 @@ def _around(rest: Sequence[Sequence[Tensor]]) -> _Centered:
     return _Centered.of([*single, *islice(both, max(0, MOST_WAYS - len(single)))])
 
 
-def _test(own: _Centered, around: _Centered) -> tuple[float, float]:
-    """The smallest p-value that samples are alike in both no more than by chance, and by how many deviations they are.
-
-    The p-value is multiplied by the number of pairs of kernels.
-    """
+def _chance(own: _Centered, around: _Centered) -> tuple[Tensor, Tensor]:
+    """The mean and the variance of the statistic of each two kernels under random orders, the same for all orders."""
     n = own.values.shape[1]
     a, b = ((k.trace, k.squares, k.diagonal) for k in (own, around))
     mean = a[0][:, None] * b[0] / (n - 1)
     spread = [(n - 1) * squares - trace**2 for trace, squares, _ in (a, b)]
     peak = [n * (n + 1) * top - (n - 1) * (trace**2 + 2 * squares) for trace, squares, top in (a, b)]
     variance = 2 * spread[0][:, None] * spread[1] / ((n - 1) ** 2 * (n + 1) * (n - 2))
-    variance = variance + peak[0][:, None] * peak[1] / ((n + 1) * n * (n - 1) * (n - 2) * (n - 3))
+    return mean, variance + peak[0][:, None] * peak[1] / ((n + 1) * n * (n - 1) * (n - 2) * (n - 3))
+
+
+def _test(own: _Centered, around: _Centered, chance: tuple[Tensor, Tensor] | None = None) -> tuple[float, float]:
+    """The smallest p-value that samples are alike in both no more than by chance, and by how many deviations they are.
+
+    The p-value is multiplied by the number of pairs of kernels. Of other orders of the same, `chance` is known.
+    """
+    mean, variance = _chance(own, around) if chance is None else chance
     found = (own.values.flatten(1) @ around.values.flatten(1).T).double()
     is_one = (mean > 0) & (variance > 0)
     mean, variance = mean.clamp(min=1e-300), variance.clamp(min=1e-300)
@@ -228,11 +233,12 @@ def _shifted(join: Join, own: Sequence[Tensor], rest: Sequence[Sequence[Tensor]]
     num = min(join.num, MOST_SHIFTED)
     mine = _Centered.of([k[:num, :num] for k in own])
     around = _around([[k[:num, :num] for k in of] for of in rest])
-    tried = {by: _test(mine.rolled(by), around) for by in (*range(1, SHIFTS + 1), *range(-SHIFTS, 0))}
+    known = _chance(mine, around)
+    tried = {by: _test(mine.rolled(by), around, known) for by in (*range(1, SHIFTS + 1), *range(-SHIFTS, 0))}
     by, (p, z) = min(tried.items(), key=lambda item: item[1][0])
     if p > min(CERTAIN, join.p_value**2) or z < max(FAR, TIMES * join.deviations):
         return join
     generator = torch.Generator().manual_seed(0)
     orders = (torch.randperm(num, generator=generator) for _ in range(NUM_SHUFFLES))
-    chance = min(_test(mine.ordered(order), around)[0] for order in orders)
+    chance = min(_test(mine.ordered(order), around, known)[0] for order in orders)
     return Join(join.p_value, join.deviations, by, p, join.num) if p < chance**3 else join

@@ -77,9 +77,11 @@ def _may_wake(context: Context, a: Activation) -> bool:
 
     A count, a size or a rate may be a rectified unit of its own, which wakes when what it is given changes.
     """
+    if a.channels > FEW_UNITS:
+        return False
     before = context.observed.used.get(f"{context.source_of(a)}.weight", 0)
     trained = (n for n, size in context.observed.gradients.items() if size)
-    return a.channels <= FEW_UNITS and any(context.observed.used.get(n, before) < before for n in trained)
+    return any(context.observed.used.get(n, before) < before for n in trained)
 
 
 def _renewed(context: Context, sources: tuple[str, ...]) -> Action:

@@ -12,6 +12,7 @@ from torch import nn
 from gramian.block import Block
 from gramian.inspection.causes.context import Context
 from gramian.inspection.experiments.by_design import is_factor
+from gramian.inspection.passes.moments import all_finite
 
 __all__ = [
     "LARGEST",
@@ -61,12 +62,7 @@ def sized_matrices(context: Context) -> list[tuple[Block, float]]:
     found: list[tuple[Block, float]] = []
     cells: dict[str, int] = {}
     for block, w in context.values():
-        if (
-            block.role in ("hidden", "head")
-            and not is_factor(block.name)
-            and bool(w.isfinite().all())
-            and bool(w.any())
-        ):
+        if block.role in ("hidden", "head") and not is_factor(block.name) and all_finite(w) and bool(w.any()):
             size = float(w.float().square().mean().sqrt()) * math.sqrt(block.shape[-1])
             cell = cell_of(block)
             if cell in cells:

@@ -131,4 +131,4 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_named(name: str, words: Sequence[str]) -> bool:
-    return any(name == f'batch["{word}"]' for word in words)
+    return name.startswith('batch["') and name[len('batch["') : -len('"]')] in words

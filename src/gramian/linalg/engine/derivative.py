@@ -21,6 +21,7 @@ from gramian.linalg.certificate import Certificate
 from gramian.linalg.engine.precision import in_full_precision
 from gramian.linalg.engine.spectrum import Spectrum, keeping, unknown
 from gramian.linalg.engine.staged import STAGED, Place, Staged, abstract, bound, call, encodable, encoded, flat, shaped
+from gramian.linalg.engine.symmetric_products import with_transpose
 from gramian.linalg.engine.transforms import forward_levels, transforming, with_plain
 
 Values = tuple[Tensor, ...]
@@ -318,4 +319,4 @@ def only(given: Given) -> Tensor:
 
 def symmetric(x: Tensor) -> Tensor:
     """The symmetric part."""
-    return (x + x.mT).div_(2)
+    return with_transpose(x).div_(2)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.scaling import peak, pow2
+from gramian.linalg.engine.thin import times
 
 Product = Callable[["Pair", "Pair"], "Pair"]
 """`product` or `rough`: how an algorithm multiplies pairs."""
@@ -150,7 +151,7 @@ def rough(a: Pair, b: Pair) -> Pair:
 
 def thin_rough(a: Pair, size: Tensor, z: Tensor) -> Pair:
     """As `thin_product` in plain float64 (the low part dropped)."""
-    value = (z.mT @ a.hi.mT).mT if a.hi.stride(-2) == 1 else a.hi @ z
+    value = times(a.hi, z)
     error = (gamma(z.shape[-2]) * size + norm(a.lo)) * norm(z)
     return Pair(value, _unstored_zero(value), error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,6 +38,15 @@ def measure(
             larger = (SIZES[i] / SIZES[i - 1]) ** 3 * default[name][i] / default[name][i - 1]
             times.append(times[-1] * larger)
     return {name: tuple(times) for name, times in found.items()}
+
+
+@lru_cache(maxsize=8)
+def turned(threads: int) -> bool:
+    """Whether a few columns times a matrix stored by rows are faster as (Zᵀ Aᵀ)ᵀ than as A Z, with so many threads."""
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        a, z = (torch.ones(n, 512, dtype=torch.float64, device="cpu") for n in (512, WIDTH))
+        plain, other = (_least(product, SHORT / 2, "cpu") for product in (lambda: a @ z.mT, lambda: z @ a.mT))
+    return other < plain
 
 
 def _operations(n: int, device: str) -> dict[str, Callable[[], Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramian.errors import UnsupportedError
 from gramian.linalg.engine.spectrum import Spectrum
-from gramian.linalg.engine.symmetric_products import changed_in_basis, halves, symmetric_product
+from gramian.linalg.engine.symmetric_products import changed_in_basis, halves, symmetric_product, with_transpose
 from gramian.linalg.engine.transforms import pullback
 
 EPS = torch.finfo(torch.float64).eps
@@ -116,7 +116,7 @@ def solve_skew(k: Tensor, w: Tensor, name: str, *, outside: Tensor | None) -> Te
         small = w <= w.shape[-1] * EPS * w.amax(-1, keepdim=True)
         if bool(small.any()) and bool((small & (outside != 0).any(-2)).any()):
             equation.refuse()
-    return equation.solved(k - k.mT, w)
+    return equation.solved(with_transpose(k, -1), w)
 
 
 def _eigenpairs(x: Tensor) -> tuple[Tensor, Tensor]:

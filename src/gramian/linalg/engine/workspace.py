@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ MOST_BYTES = 32 << 20
 """Of one buffer that is kept. A larger tensor is new each time: what is done with it costs far more."""
 
 _POOL = threading.local()
+
+Made = TypeVar("Made")
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -31,10 +35,26 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor)
         with torch.inference_mode(False):
             if base is None or base.numel() < size:
                 base = bases[name] = torch.empty(size, dtype=torch.uint8, device="cpu")
-                for old in [other for other in views if other[0] == name]:
-                    del views[old]
+                for kept in (views, _POOL.__dict__.get("made", {})):
+                    for old in [other for other in kept if other[0] == name]:
+                        del kept[old]
             found = views[key] = base[:size].view(dtype).view(shape)
     return found
+
+
+def arranged(
+    name: str, shape: tuple[int, ...], size: int, dtype: torch.dtype, like: Tensor, make: Callable[[Tensor], Made]
+) -> Made:
+    """What `make` makes of a scratch tensor of so many entries, as several tensors in it: kept for each shape."""
+    memory = scratch(name, (size,), dtype, like)
+    if not is_kept(memory):
+        return make(memory)
+    kept: dict[tuple[str, tuple[int, ...], torch.dtype], Made] = _POOL.__dict__.setdefault("made", {})
+    key = name, shape, dtype
+    if key not in kept:
+        with torch.inference_mode(False):
+            kept[key] = make(memory)
+    return kept[key]
 
 
 def is_kept(x: Tensor) -> bool:

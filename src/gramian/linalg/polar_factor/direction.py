@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gramian.linalg.engine.cost import Operations, defaults, predict
-from gramian.linalg.polar_factor.newton_schulz import composed, quintics
+from gramian.linalg.polar_factor.few_passes import few_passes, products
+from gramian.linalg.polar_factor.newton_schulz import composed
 from gramian.linalg.polar_factor.zolotarev import LEAST, fractions, zolotarev
 
 MOST = 12
@@ -76,7 +77,7 @@ def _candidates(low: float, ratio: float, rtol: float, *, half: bool) -> Iterato
         name = str(dtype).removeprefix("torch.")
         for steps in range(1, MOST + 1):
             if composed(low, steps).error < rtol * math.sqrt(2):
-                yield Approach("newton_schulz", steps, dtype, low), {name: steps * (1 + 2 * ratio) + 1}
+                yield Approach("newton_schulz", steps, dtype, low), {name: products(ratio, steps, 5, dtype)}
                 break
         for terms in range(1, MOST + 1):
             if rtol >= GRAM and fractions(low, terms).error < rtol * math.sqrt(2):
@@ -93,4 +94,4 @@ def direction(a: Tensor, rtol: float) -> tuple[Tensor, Approach]:
     p = cheapest(short, long, ASSUMED_BATCH, rtol, a.device.type)
     if p.method == "zolotarev":
         return zolotarev(a, low=p.low, terms=p.steps, dtype=p.dtype), p
-    return quintics(a, low=p.low, steps=p.steps, dtype=p.dtype), p
+    return few_passes(a, low=p.low, steps=p.steps, dtype=p.dtype, close=True), p

@@ -7,7 +7,9 @@ quintic is three calls, and a step of degree 9 is six. `few_passes` has what is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from gramian.linalg.engine.precision import full_products, without_autocast
 from gramian.linalg.engine.scaling import peak
-from gramian.linalg.engine.workspace import scratch
+from gramian.linalg.engine.workspace import arranged
 from gramian.linalg.polar_factor.few_passes import NORMAL, PAIRED_FROM
 from gramian.linalg.polar_factor.newton_schulz import SAFETY, composed
 from gramian.linalg.polar_factor.zolotarev import CHUNK
@@ -47,8 +49,8 @@ def few_operations(
         return x.clone()
     found = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     kind = x.device.type
-    most = max(1, CHUNK // x[0].numel()) if kind == "cpu" else len(x)
-    with torch.no_grad(), without_autocast(kind), full_products():
+    most = max(1, CHUNK // x[0].numel()) if kind == "cpu" and x.numel() > CHUNK else len(x)
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), without_autocast(kind), full_products():
         coefficients = _coefficients(low, steps, first)
         if len(x) <= most:
             _polar(coefficients, x.detach(), found)
@@ -60,40 +62,66 @@ def few_operations(
 
 @lru_cache(maxsize=64)
 def _coefficients(low: float, steps: int, first: int) -> list[tuple[float, ...]]:
-    """Those of `composed(low, steps, first)`, with `SAFETY` in all but the last."""
+    """Those of `composed(low, steps, first)`, with `SAFETY` before and after all but the last.
+
+    That before the first is for the bound of the norm.
+    """
+    bounded = [SAFETY] + [1.0] * (steps - 1)
     factors = [SAFETY] * (steps - 1) + [1.0]
     return [
-        tuple(c / factor ** (2 * k + 1) for k, c in enumerate(step))
-        for step, factor in zip(composed(low, steps, first).coefficients, factors, strict=True)
+        tuple(c / (factor * safe) ** (2 * k + 1) for k, c in enumerate(step))
+        for step, factor, safe in zip(composed(low, steps, first).coefficients, factors, bounded, strict=True)
     ]
 
 
+class _Room(NamedTuple):
+    """The memory of a call: Gram matrices, two of the size of x with their transposes, and norms (K, 1, 1) and (K,)."""
+
+    gram: Tensor
+    spare: list[Tensor]
+    ys: list[tuple[Tensor, Tensor]]
+    norm: Tensor
+    norms: Tensor
+
+
+def _room(x: Tensor) -> _Room:
+    num, m, n = shape = tuple(x.shape)
+    side = min(m, n)
+    square, whole = num * side * side, num * m * n
+
+    def make(memory: Tensor) -> _Room:
+        *grams, first, second, norms = memory.split([square] * 4 + [whole] * 2 + [num])
+        gram, *spare = (part.view(num, side, side) for part in grams)
+        ys = [(part.view(shape), part.view(shape).mT) for part in (first, second)]
+        return _Room(gram, spare, ys, norms.view(num, 1, 1), norms)
+
+    return arranged("few operations", shape, 4 * square + 2 * whole + num, torch.float32, x, make)
+
+
 def _polar(coefficients: Sequence[Sequence[float]], x: Tensor, out: Tensor) -> None:
-    shape, side, tall = tuple(x.shape), min(x.shape[-2:]), x.shape[-2] > x.shape[-1]
-    gram, *spare = (scratch(f"few operations: {k}", (shape[0], side, side), torch.float32, x) for k in range(4))
-    ys = [scratch(f"few operations: {name}", shape, torch.float32, x) for name in ("x", "y")]
-    y = x if x.dtype == torch.float32 else ys[1].copy_(x)
-    norm = torch.linalg.vector_norm(_gram(y, gram, tall), dim=(-2, -1), keepdim=True)
-    if x.device.type != "cpu" or not all(NORMAL[0] < value < NORMAL[1] for value in norm.flatten().tolist()):
+    tall = x.shape[-2] > x.shape[-1]
+    gram, spare, ys, norm, norms = _room(x)
+    y = x if x.dtype == torch.float32 else ys[1][0].copy_(x)
+    torch.linalg.vector_norm(_gram(y, y.mT, gram, tall), dim=(-2, -1), keepdim=True, out=norm)
+    if x.device.type != "cpu" or not all(NORMAL[0] < value < NORMAL[1] for value in norms.tolist()):
         is_normal = (norm > NORMAL[0]) & (norm < NORMAL[1])  # a matrix stays as it is, whatever its neighbors are
         size = peak(x, (-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)
         y = torch.where(is_normal, x, x / size).float()
-        norm = torch.linalg.vector_norm(_gram(y, gram, tall), dim=(-2, -1), keepdim=True)
+        torch.linalg.vector_norm(_gram(y, y.mT, gram, tall), dim=(-2, -1), keepdim=True, out=norm)
         norm.masked_fill_(norm == 0, torch.inf)
-    scale = norm.reciprocal_().mul_(SAFETY**-2)
-    gram.mul_(scale)
-    y = torch.mul(y, scale.sqrt_(), out=ys[0])
+    gram.div_(norm)
+    y = torch.mul(y, norm.rsqrt_(), out=ys[0][0])
     for i, c in enumerate(coefficients):
-        p = _polynomial(_gram(y, gram, tall) if i else gram, c, spare)
-        into = ys[(i + 1) % 2] if i < len(coefficients) - 1 or out.dtype != torch.float32 else out
+        p = _polynomial(_gram(*ys[i % 2], gram, tall) if i else gram, c, spare)
+        into = ys[(i + 1) % 2][0] if i < len(coefficients) - 1 or out.dtype != torch.float32 else out
         y = torch.baddbmm(y, *((y, p) if tall else (p, y)), beta=c[0], out=into)
     if y is not out:
         out.copy_(y)
 
 
-def _gram(y: Tensor, out: Tensor, tall: bool) -> Tensor:
-    """The Gram matrix on the shorter side, in `out`."""
-    return torch.bmm(y.mT, y, out=out) if tall else torch.bmm(y, y.mT, out=out)
+def _gram(y: Tensor, turned: Tensor, out: Tensor, tall: bool) -> Tensor:
+    """The Gram matrix of y, `turned` its transpose, on the shorter side, in `out`."""
+    return torch.bmm(turned, y, out=out) if tall else torch.bmm(y, turned, out=out)
 
 
 def _polynomial(gram: Tensor, c: Sequence[float], spare: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg.engine.precision import without_autocast
-from gramian.linalg.engine.scaling import unit_peak
 from gramian.linalg.polar_factor.zolotarev import CHUNK
 
 COEFFICIENTS = (
@@ -98,25 +97,6 @@ def _minimax(low: float, high: float, degree: int) -> tuple[float, ...]:
     return tuple(found)
 
 
-def quintics(
-    a: Float[Tensor, "*b m n"], *, low: float, steps: int, dtype: torch.dtype | None = None
-) -> Float[Tensor, "*b m n"]:
-    """Approximate polar factor of each matrix by `composed(low, steps)`: three products a step, on the smaller side.
-
-    ‖(XXᵀ)²‖_F^¼, which the first step has at hand, bounds ‖X‖₂ more closely than ‖X‖_F, so that fewer steps do than
-    `newton_schulz` takes. Singular values below `low` of that bound end below 1. A zero matrix gives zero, NaN stays in
-    its own matrix, and each matrix is scaled by itself.
-    """
-    tall = a.shape[-2] > a.shape[-1]
-
-    def run(part: Tensor) -> Tensor:
-        small = unit_peak(part.mT if tall else part, dtype or torch.float32).contiguous()
-        value = _composed(small, composed(low, steps).coefficients)
-        return value.mT if tall else value
-
-    return in_parts(a, run)
-
-
 def in_parts(a: Tensor, run: Callable[[Tensor], Tensor], out: Tensor | None = None) -> Tensor:
     """`run` of the matrices (B, m, n) of a, as many at once as fit the cache of a CPU, without a graph or autocast.
 
@@ -131,20 +111,6 @@ def in_parts(a: Tensor, run: Callable[[Tensor], Tensor], out: Tensor | None = No
         for part, place in zip(x.split(few), found.split(few), strict=True):
             place.copy_(run(part))
         return found.reshape(a.shape) if out is None else out
-
-
-def _composed(x: Tensor, coefficients: tuple[tuple[float, ...], ...]) -> Tensor:
-    """The steps of `quintics` on (B, m, n), m ≤ n, with entries near 1."""
-    gram = torch.bmm(x, x.mT)
-    square = torch.bmm(gram, gram)
-    norm = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    s = norm.clamp_min(torch.finfo(torch.float32).tiny) ** -0.25 / SAFETY
-    s = torch.where(norm > 0, s, 0.0)
-    a, b, c = coefficients[0]
-    rest = coefficients[1:]
-    poly = (gram * (b * s**3)).add_(square * (c * s**5))
-    poly.diagonal(dim1=-2, dim2=-1).add_(a * s[:, 0])
-    return _iterate(torch.bmm(poly.to(x.dtype), x), rest, len(rest) - 1)
 
 
 def newton_schulz(

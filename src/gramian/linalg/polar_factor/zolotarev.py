@@ -21,6 +21,7 @@ from gramian.linalg.engine.precision import in_full_precision
 from gramian.linalg.engine.probes import SEED
 from gramian.linalg.engine.scaling import unit_peak
 from gramian.linalg.engine.symmetric_products import symmetric_product
+from gramian.linalg.engine.workspace import scratch
 
 LEAST = 5e-4
 """Least `low`: the smallest of four shifts is then 3e-7 of the largest eigenvalue; a float32 Gram matrix of lower rank
@@ -123,7 +124,8 @@ def _sum_of_fractions(x: Tensor, f: Fractions, dtype: torch.dtype) -> Tensor:
     for pole, weight in zip(f.poles, f.weights, strict=True):
         shifted = g.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(pole)
-        term = torch.cholesky_inverse(lapack.cholesky(shifted)[0])
+        factor, _ = lapack.cholesky(shifted, scratch("factor", tuple(g.shape), g.dtype, g))
+        term = torch.cholesky_inverse(factor)
         total = term.mul_(f.scale * weight) if total is None else total.add_(term, alpha=f.scale * weight)
     assert total is not None
     total.diagonal(dim1=-2, dim2=-1).add_(f.scale)
