@@ -17,9 +17,8 @@ from gramian.alignment import labels_of
 from gramian.batch import has_arrays, mapped
 from gramian.calls import as_model
 from gramian.errors import GramianError, InputError
-from gramian.inspection.causes import CAUSES, Context, ordered
+from gramian.inspection.causes import CAUSES, Context
 from gramian.inspection.causes.data import labels_in_range, lost_labels
-from gramian.inspection.causes.folding import following
 from gramian.inspection.causes.guessing import far_above_guessing
 from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.experiments.adapting import moved_by_steps
@@ -37,6 +36,7 @@ from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.observing import NUM_BATCHES, observe
 from gramian.inspection.passes.places import places
 from gramian.inspection.passes.signal import SIGNAL, in_words, measure_signal
+from gramian.inspection.reporting import report_of
 from gramian.inspection.rules import ADAMW_EPS, find
 from gramian.inspection.weights.of_files import measure_file
 from gramian.inspection.weights.of_model import measure_model
@@ -53,12 +53,6 @@ __all__ = ["inspect"]
 # What a report says it looked at, or not.
 STEPS = "optimizer's steps"
 FAILING = "causes in training steps"
-
-# What leaves the loss at the start as it is.
-UNRELATED = frozenset((
-    "input-duplicates", "input-unused", "labels-independent", "labels-sorted", "order-ignored", "parameter-shared",
-    "parameter-unused",
-))  # fmt: skip
 
 # Batches beyond those that are looked at, of which the rows are read where all are in memory.
 NUM_FURTHER = 12
@@ -104,7 +98,7 @@ def inspect(
             raise InputError("inspect: a file has weights but no forward pass; pass the model to use batches")
         measured = measure_file(model_or_path, progress, **options)
         measured.skipped |= {SIGNAL: "a file has weights and no forward pass"}
-        return _report(title or os.path.basename(os.path.abspath(model_or_path)), measured, has_model=False)
+        return report_of(title or os.path.basename(os.path.abspath(model_or_path)), measured, has_model=False)
     if (batches is None) != (objective is None):
         raise InputError("inspect: batches and objective go together; give both, or neither for the weights alone")
     if batches is None or objective is None:
@@ -112,7 +106,7 @@ def inspect(
             raise InputError("inspect: an optimizer is judged by its steps; pass batches and an objective with it")
         measured = measure_model(model_or_path, progress, **options)
         measured.skipped |= {SIGNAL: "no batches and objective were given"}
-        return _report(title or type(model_or_path).__name__, measured)
+        return report_of(title or type(model_or_path).__name__, measured)
     with kept_random():
         batches = as_batches(batches, "inspect")
         most = NUM_FURTHER if is_in_memory(batches) else 0
@@ -129,7 +123,7 @@ def inspect(
         measured, found = _with_data(*given, curvature=curvature, options=options, progress=progress)
     if num_read > len(few):
         measured.notes.append(f"Batches without samples, which were left out: {num_read - len(few)} of {num_read}.")
-    return _report(title or type(model_or_path).__name__, measured, found)
+    return report_of(title or type(model_or_path).__name__, measured, found)
 
 
 def _on_kept(objective: Objective, kept: KeptBatches) -> Objective:
@@ -180,31 +174,6 @@ def _with_data(
     if curvature:
         measure_curvature(measured, model, few, objective, optimizer, progress)
     return measured, found
-
-
-def _report(
-    title: str, measured: Measured, causes: Sequence[Finding] | None = None, *, has_model: bool = True
-) -> Report:
-    found = [following(f, measured.lost_by if f.code == "non-finite-weights" else None) for f in find(measured)]
-    found = found if causes is None else ordered((*causes, *found))
-    if measured.unexplained and not any(f.severity != "info" and f.code not in UNRELATED for f in found):
-        found = ordered((measured.unexplained, *found))
-    found = [_runnable(finding, has_model=has_model, has_data=causes is not None) for finding in found]
-    return Report(
-        title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions,
-        measured.places, measured.looked_at, measured.skipped,
-    )  # fmt: skip
-
-
-def _runnable(finding: Finding, *, has_model: bool, has_data: bool) -> Finding:
-    """The finding, with an action as advice where its code names a model or batches that nobody gave."""
-    if finding.action is None or finding.action.is_command:
-        return finding
-    code = finding.action.code.replace("\n", "; ")
-    if has_model and (has_data or "batches" not in code):
-        return finding
-    told = f"With {'data' if has_model else 'the model in memory'}: {code}"
-    return replace(finding, action=None, advice=f"{told}\n{finding.advice}" if finding.advice else told)
 
 
 def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Observed | None, dict[str, str]]:
