@@ -77,6 +77,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("modes-disagree",),
     ("rate-too-high", "rate-too-low"),
     ("labels-independent",),
+    ("labels-imbalanced",),
 )
 
 # What a finding makes true elsewhere: these are told as following from the first of the causes that is there.
