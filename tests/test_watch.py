@@ -202,7 +202,7 @@ def test_where_the_forward_pass_is_finite_the_gradient_is_named() -> None:
         loss.backward()
         with pytest.raises(FindingError):
             optimizer.step()
-    assert [f.code for f in watching.findings] == ["gradient-overflow"]
+    assert [(f.code, f.where) for f in watching.findings] == [("gradient-overflow", "loss")]
 
 
 def test_weights_that_are_not_finite_are_named_and_not_their_consequences() -> None:

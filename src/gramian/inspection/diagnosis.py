@@ -17,8 +17,9 @@ from gramian.alignment import labels_of
 from gramian.batch import has_arrays, mapped
 from gramian.calls import as_model
 from gramian.errors import GramianError, InputError
-from gramian.inspection.causes import CAUSES, Context, ordered
+from gramian.inspection.causes import CAUSES, Context
 from gramian.inspection.causes.data import labels_in_range, lost_labels
+from gramian.inspection.causes.guessing import far_above_guessing
 from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.experiments.adapting import moved_by_steps
 from gramian.inspection.experiments.curvature import measure_curvature
@@ -28,12 +29,14 @@ from gramian.inspection.experiments.opening import open_zeros
 from gramian.inspection.experiments.probing import probe, untried
 from gramian.inspection.experiments.stepping import take_steps
 from gramian.inspection.experiments.zeroed import find_zeroed
+from gramian.inspection.lost import find_loss_of_weights, lost_in_steps
 from gramian.inspection.measured import Measured
 from gramian.inspection.passes.failing import steps_run, taking_what_is_not_finite
 from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.observing import NUM_BATCHES, observe
 from gramian.inspection.passes.places import places
 from gramian.inspection.passes.signal import SIGNAL, in_words, measure_signal
+from gramian.inspection.reporting import report_of
 from gramian.inspection.rules import ADAMW_EPS, find
 from gramian.inspection.weights.of_files import measure_file
 from gramian.inspection.weights.of_model import measure_model
@@ -95,7 +98,7 @@ def inspect(
             raise InputError("inspect: a file has weights but no forward pass; pass the model to use batches")
         measured = measure_file(model_or_path, progress, **options)
         measured.skipped |= {SIGNAL: "a file has weights and no forward pass"}
-        return _report(title or os.path.basename(os.path.abspath(model_or_path)), measured, has_model=False)
+        return report_of(title or os.path.basename(os.path.abspath(model_or_path)), measured, has_model=False)
     if (batches is None) != (objective is None):
         raise InputError("inspect: batches and objective go together; give both, or neither for the weights alone")
     if batches is None or objective is None:
@@ -103,7 +106,7 @@ def inspect(
             raise InputError("inspect: an optimizer is judged by its steps; pass batches and an objective with it")
         measured = measure_model(model_or_path, progress, **options)
         measured.skipped |= {SIGNAL: "no batches and objective were given"}
-        return _report(title or type(model_or_path).__name__, measured)
+        return report_of(title or type(model_or_path).__name__, measured)
     with kept_random():
         batches = as_batches(batches, "inspect")
         most = NUM_FURTHER if is_in_memory(batches) else 0
@@ -120,7 +123,7 @@ def inspect(
         measured, found = _with_data(*given, curvature=curvature, options=options, progress=progress)
     if num_read > len(few):
         measured.notes.append(f"Batches without samples, which were left out: {num_read - len(few)} of {num_read}.")
-    return _report(title or type(model_or_path).__name__, measured, found)
+    return report_of(title or type(model_or_path).__name__, measured, found)
 
 
 def _on_kept(objective: Objective, kept: KeptBatches) -> Objective:
@@ -154,31 +157,23 @@ def _with_data(
     measured = measure_model(model, progress, image_sizes=sizes, **options)
     measured.skipped |= skipped
     found = _measure_signal(measured, model, few, further, objective, observed, optimizer, options["layouts"], progress)
+    if any(spectrum.num_nonfinite for spectrum in measured.spectra):
+
+        def look(fresh: Optimizer | None) -> list[Finding]:
+            given = model, few, further, objective, fresh
+            again, causes = _with_data(*given, curvature=False, options=options, progress=lambda *_: None)
+            return [*causes, *find(again)]
+
+        try:
+            causes = find_loss_of_weights(model, few, objective, optimizer, look)
+        except Exception as error:
+            measured.skipped |= {"what made weights NaN or infinite": in_words(error)}
+        else:
+            measured.lost_by = causes[0] if causes else None
+            found = [*causes, *found]
     if curvature:
         measure_curvature(measured, model, few, objective, optimizer, progress)
     return measured, found
-
-
-def _report(
-    title: str, measured: Measured, causes: Sequence[Finding] | None = None, *, has_model: bool = True
-) -> Report:
-    found = find(measured) if causes is None else ordered((*causes, *find(measured)))
-    found = [_runnable(finding, has_model=has_model, has_data=causes is not None) for finding in found]
-    return Report(
-        title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions,
-        measured.places, measured.looked_at, measured.skipped,
-    )  # fmt: skip
-
-
-def _runnable(finding: Finding, *, has_model: bool, has_data: bool) -> Finding:
-    """The finding, with an action as advice where its code names a model or batches that nobody gave."""
-    if finding.action is None or finding.action.is_command:
-        return finding
-    code = finding.action.code.replace("\n", "; ")
-    if has_model and (has_data or "batches" not in code):
-        return finding
-    told = f"With {'data' if has_model else 'the model in memory'}: {code}"
-    return replace(finding, action=None, advice=f"{told}\n{finding.advice}" if finding.advice else told)
 
 
 def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Observed | None, dict[str, str]]:
@@ -254,6 +249,7 @@ def _measure_signal(
         context.moved_by_steps = moved_by_steps(model, observed, objective)
     except Exception as error:
         measured.skipped |= {"how far a step of what is trained moves the outputs": in_words(error)}
+    found: list[Finding] = []
     if optimizer is None:
         measured.skipped |= {STEPS: "no optimizer was given"}
     elif not math.isfinite(observed.loss):
@@ -261,16 +257,17 @@ def _measure_signal(
     else:
         try:
             context.steps = take_steps(model, optimizer, few, objective)
+            found += lost_in_steps(model, optimizer, few, objective, context.steps.losses)
             measured.looked_at.append(STEPS)
         except Exception as error:  # an optimizer that cannot be copied, or a step that fails
             measured.skipped |= {STEPS: in_words(error)}
     measured.has_learned = context.has_learned
-    found: list[Finding] = []
     for rule in CAUSES:
         try:
             found += rule(context)
         except Exception as error:  # what one rule does not understand must not hide what the others found
             measured.skipped |= {rule.__name__.replace("_", " "): f"the rule failed: {in_words(error)}"}
+    measured.unexplained = far_above_guessing(context)
     measured.skipped |= context.skipped
     measured.waiting = measured.waiting if measured.waiting is None else measured.waiting | context.asleep
     try:

@@ -8,7 +8,7 @@ import torch
 
 from gramian.inspection.weights.spectra import Spectrum
 from gramian.operators import Gain
-from gramian.report import Direction, Layer, Place
+from gramian.report import Direction, Finding, Layer, Place
 from gramian.statistics import Statistics
 
 __all__ = ["Measured"]
@@ -34,6 +34,9 @@ class Measured:
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
         varies: whether outputs are known to differ between samples.
         is_recurrent: whether the first layer is used again and again, as for each step of a sequence.
+        buffers: names of the buffers that are no statistics of batches.
+        lost_by: what made weights NaN or infinite, as far as it was found.
+        unexplained: what to tell where nothing else is.
         copied: prefixes of the names of layers that torch itself makes by copying one (`nn.TransformerEncoder`).
         facts: numbers about the whole model, by label, for the report; rules may add some.
         notes: how things were measured, and what was skipped.
@@ -57,6 +60,9 @@ class Measured:
     entries: frozenset[str] = frozenset()
     varies: bool = False
     is_recurrent: bool = False
+    buffers: frozenset[str] = frozenset()
+    lost_by: Finding | None = None
+    unexplained: Finding | None = None
     copied: tuple[str, ...] = ()
     facts: dict[str, float | int | str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -205,7 +205,7 @@ class OnInput:
 
 def _standardize(setting: Setting, of: str, module: str, at: str) -> None:
     std, mean = torch.std_mean(torch.cat([get(batch, of) for batch in setting.batches]), 0)
-    std = std.clamp(min=std.median())
+    std = std.where(std > 1e-6 * mean.abs(), torch.ones_like(std))  # what is constant stays near zero
     _before(setting, module, OnInput(of, at, lambda x: (x - mean.to(x)) / std.to(x)))
 
 

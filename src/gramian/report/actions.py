@@ -83,7 +83,7 @@ ACTIONS: dict[str, str] = {
     "cast_to_bfloat16": "model.to(torch.bfloat16)\n\n\n" + _CAST + "\n" + _UNSAVED + "model.register_forward_pre_hook("
     "lambda _, args, kwargs: (cast(args), cast(kwargs)), with_kwargs=True)",
     "standardize": "std, mean = torch.std_mean(torch.cat([{of} for batch in batches]), 0)\n"
-    "std = std.clamp(min=std.median())\n" + _UNSAVED + "{hook}",
+    "std = std.where(std > 1e-6 * mean.abs(), torch.ones_like(std))  # constants aside\n" + _UNSAVED + "{hook}",
     "replace_non_finite": _UNSAVED + "{hook}",
     "shift_labels": "batches = [(x, y - {by}) for x, y in batches]",
     "add_to_optimizer": _ADD,

@@ -18,6 +18,8 @@ LEAST, LEAST_PLACES, MOST_PLACES, MOST = 30, 1000, 1024, 256
 NUM_SHUFFLES, DEPENDS, CERTAINLY = 50, 2.05, 6.0
 # How many times as far above chance labels in another order are, where they count as the right ones.
 TIMES = 2.0
+# The median place's share of the mean dependence, from which on it counts as one at all places.
+EVERYWHERE = 0.2
 # Codes that count each for itself, and products of two of them.
 MOST_CODES, MOST_PRODUCTS = 64, 512
 
@@ -175,9 +177,17 @@ def _wrapped(x: Tensor, y: Tensor, own: float) -> str:
             whole = features.roll(turned, 1)
             chance = torch.stack([_covariance(whole, y[order]) for order in orders])
             found = float((_covariance(whole, y) - chance.mean()) / chance.std().clamp(min=1e-12))
-            if found > max(CERTAINLY, TIMES * own):
+            if found > max(CERTAINLY, TIMES * own) and _is_everywhere(whole, y):
                 return f"{by} places {'before' if turned < 0 else 'behind'}, around the ends of the sequence"
     return ""
+
+
+def _is_everywhere(x: Tensor, y: Tensor) -> bool:
+    """Whether labels go with features at most places: of a sequence that is reversed, one or two meet in any roll."""
+    y = _centered(y)
+    at = torch.einsum("npf,npk->pfk", x, y).square().sum((1, 2))
+    by_chance = torch.einsum("npf,npk->pfk", x.roll(1, 0), y).square().sum((1, 2))
+    return float((at - by_chance).median()) > EVERYWHERE * float((at - by_chance).mean())
 
 
 def _covariance(x: Tensor, y: Tensor) -> Tensor:

@@ -175,6 +175,12 @@ class Context:
         share = self.probes.share_of_constant
         return share is not None and share < LEARNED and not seen.criteria
 
+    @property
+    def is_not_finite(self) -> bool:
+        """Whether the loss or a gradient is NaN or infinite."""
+        sizes = [g for g in self.observed.gradients.values() if g is not None]
+        return not all(map(math.isfinite, [self.observed.loss, *sizes]))
+
     def criterion(self, function: str) -> Criterion | None:
         """The first call of one of torch's losses, by its name."""
         return next((c for c in self.observed.criteria if c.function == function), None)
@@ -314,10 +320,22 @@ class Context:
         kind = type(self.modules.get(module)).__name__
         return f"module '{module}'" + (f" ({kind})" if kind != "NoneType" else "")
 
+    @cached_property
+    def activations(self) -> list[Activation]:
+        """The activations of the network: not those of a loss, behind all that has parameters."""
+        seen = self.observed
+        last = max((*seen.used.values(), *(c.order for c in seen.calls if c.name in self.owners)), default=0)
+        return [a for a in seen.activations if not a.is_outside or a.order < last]
+
     def source_of(self, activation: Activation) -> str:
-        """The module with parameters before an activation, to which its pre-activations are due."""
-        before = (c.name for c in reversed(self.observed.calls) if c.order < activation.order)
-        return next((n for n in before if n in self.owners and n != activation.name), activation.name)
+        """The module with parameters before an activation, to which its pre-activations are due.
+
+        A parameter that a module around it takes by itself counts as that module's.
+        """
+        seen, before = self.observed, activation.order
+        called = [(c.order, c.name) for c in seen.calls if c.name in self.owners and c.name != activation.name]
+        used = [(order, self.module_of(n)) for n, order in seen.used.items()]
+        return max((one for one in called + used if one[0] < before), default=(0, activation.name))[1]
 
     def module_of(self, parameter: str) -> str:
         """The name of the module that owns a parameter."""

@@ -20,6 +20,9 @@ __all__ = ["RULES", "labels_in_range", "lost_labels", "rows_of"]
 # Samples from which on labels are judged.
 FEW = 30
 
+# Labels from which on, and the share of one class above which, an imbalance is told.
+MANY, NEARLY_ALL = 100, 0.95
+
 # Targets are told that are this large, and this many times as large as the outputs.
 TARGETS = 30.0
 # From this size on, and this many times the outputs', it is an error.
@@ -55,6 +58,29 @@ def labels_in_range(context: Context) -> Iterator[Finding]:
             + (f"; the loss raised {type(context.observed.error).__name__}" if context.observed.error else ""),
             cause="Labels that count from one, or a head with too few outputs.",
             advice="Subtract the smallest label, or give the head an output for each class.",
+        )
+
+
+def _imbalanced(labels: Sequence[Tensor]) -> Iterator[Finding]:
+    """Tell of classes of which one has nearly all labels, so that a constant answer is nearly always right."""
+    y = _joined(labels)
+    is_one_hot = labels[0].is_floating_point() and labels[0].ndim > 1 and bool((labels[0].sum(1) == 1).all())
+    if len(y) < MANY or is_one_hot or not bool((y == y.round()).all()):
+        return
+    values, counts = y.unique(return_counts=True)
+    share = float(counts.max()) / len(y)
+    if share > NEARLY_ALL and len(values) <= FEW:
+        most = values[counts.argmax()].item()
+        yield Finding(
+            "labels-imbalanced",
+            "info",
+            f"{share:.1%} of {len(y):,} labels are {most:g}",
+            where="labels",
+            evidence=f"{int(counts.max()):,} of {len(y):,}, in {len(labels)} batches (exact)",
+            cause=f"Who answers {most:g} to everything is right in {share:.1%}: a network that learns no more has a "
+            "small loss and a high accuracy.",
+            advice="Look at the recall of the rare classes, or the Dice score, and not at the accuracy. Where it stays "
+            "at zero, weigh the rare classes (weight, pos_weight), draw them more often, or use a Dice or focal loss.",
         )
 
 
@@ -104,6 +130,7 @@ def labels(context: Context) -> Iterator[Finding]:
             "holds.",
             advice="Shuffle the training data: DataLoader(…, shuffle=True).",
         )
+    yield from _imbalanced(kept)
     if not context.are_compared:
         beside = context.beside_labels
         context.skipped[DEPENDENCE] = (

@@ -77,6 +77,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("modes-disagree",),
     ("rate-too-high", "rate-too-low"),
     ("labels-independent",),
+    ("labels-imbalanced",),
 )
 
 # What a finding makes true elsewhere: these are told as following from the first of the causes that is there.
@@ -108,9 +109,15 @@ DRIVEN = frozenset((
     "head-offset", "dominant-direction", "overflows-float16", "unusual-size",
 )) | _UNITS | _GAINS  # fmt: skip
 _DRIVERS = frozenset((
-    "input-scale", "input-dominated", "labels-scale", "loss-unbounded", "loss-summed", "weight-decay-too-large",
+    "input-scale", "input-dominated", "labels-scale", "loss-unbounded", "loss-not-log-probabilities", "loss-summed",
+    "weight-decay-too-large",
 ))  # fmt: skip
 _SIZES = frozenset(("unusual-size", "dominant-direction"))
+# Functions with a point where they are infinite: their arguments, and not the size of data, bring them there.
+_POLES = frozenset(
+    ("log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "div", "__truediv__", "pow", "acos")
+)
+_SIZES_OF_DATA = frozenset(("input-scale", "input-offset", "input-dominated"))
 # What grows cannot follow from what shrinks; units are driven to their ends by what grows.
 _GROWING = frozenset(("gradient-explodes", "jacobian-explodes", "residual-growth"))
 _SHRINKING = frozenset(("saturated-units", "dead-units", "attention-saturated", "gain-below-one", "gate-shut"))
@@ -196,6 +203,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     padded = next((f for f in serious if f.code == "padding-read" and f.where != "labels"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]
+    if finding.code == "gradient-overflow":  # softmax of a row of −∞
+        return next((f for f in serious if f.code == "attention-masked" and f.severity == "error"), None)
     if finding.code in _MISPLACED:
         return next((f for f in serious if f.code == "axes-swapped"), None)
     if finding.code == "order-ignored":  # a recurrence that runs over the samples does not run over the tokens
@@ -216,6 +225,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     if finding.code in SYMPTOMS | _UNITS:
         among = [c for c in causes if finding.code != "residual-growth" or c.code not in _BESIDE]
         among = [c for c in among if finding.code not in _NOT_FINITE or c.code not in _UNITS]
+        if finding.code == "loss-non-finite" and _is_pole(finding):
+            among = [c for c in among if c.code not in _SIZES_OF_DATA]
     elif finding.code in _GAINS:
         among = [c for c in causes if (c.code in _SIGNAL and c.code not in _BEHIND) or _is_shut(c)]
     elif finding.code in _RATES:
@@ -224,10 +235,16 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         return None
     if finding.code in _NOT_FINITE:  # gains make such numbers, and such a loss all others
         others = [c for c in serious if c.code == "loss-non-finite" and c is not finding]
+        among = others + among if any(map(_is_pole, others)) else among
         return next(
             (c for c in (*among, *others) if c in others or c.code in _GAINS or _rank(c) < _rank(finding)), None
         )
     return next((c for c in among if c is not finding and _rank(c) < _rank(finding)), None)
+
+
+def _is_pole(finding: Finding) -> bool:
+    """Whether the first value that is not finite is made by a function with a point where it is infinite."""
+    return finding.title.rpartition(" ")[2] in _POLES
 
 
 def _is_shut(finding: Finding) -> bool:

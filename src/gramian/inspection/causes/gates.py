@@ -34,9 +34,7 @@ NEVER, ROWS = 1e-4, 10
 
 def saturated_units(context: Context) -> Iterator[Finding]:
     """Find layers most of whose outputs are at an end of their range."""
-    bounded = [
-        a for a in context.observed.activations if a.function in ("tanh", "sigmoid") and not _is_gate(context, a)
-    ]
+    bounded = [a for a in context.activations if a.function in ("tanh", "sigmoid") and not _is_gate(context, a)]
     ends = [a for a in _steps_together(context, bounded) if a.saturated > SATURATED]
     if ends:
         worst, first = max(ends, key=lambda a: a.saturated), ends[0]
@@ -48,7 +46,7 @@ def saturated_units(context: Context) -> Iterator[Finding]:
             f"{'in' if source == first.name else 'after'} {context.told(source)} are saturated"
             if len(ends) == 1
             else f"The {worst.function} outputs of {len(ends)} layers are saturated, up to {worst.saturated:.0%}",
-            where="all layers" if len(ends) > 2 else source,
+            where="all layers" if len(ends) > 2 or not source else source,
             evidence="within 1 % of an end of the range, where the derivative is near zero",
             cause="Pre-activations are large: weights, biases or inputs of a wrong scale.",
             action=Action("isometric_"),

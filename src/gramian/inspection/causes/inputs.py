@@ -31,6 +31,8 @@ PICTURE = 4
 
 # Samples from which on copies are told.
 FEW = 30
+# Share of different rows that come once, from which on they repeat as words do.
+ONCE = 0.5
 # Samples from which on one code for all is no chance of a small batch.
 MANY = 100
 
@@ -176,7 +178,7 @@ def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
             "A loader that returns one sample again and again, or a preprocessing step that erases the data.",
             "Look at what the loader returns.",
         )
-    elif len(flat) >= FEW and copies > 0.5 * len(flat) and _num_codes(flat) > len(flat) / 2:
+    elif len(flat) >= FEW and copies > 0.5 * len(flat) and _num_codes(flat) > len(flat) / 2 and not _are_contexts(flat):
         yield _finding(
             "input-duplicates",
             "warning",
@@ -185,6 +187,18 @@ def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
             "The loader samples from few examples, or indexes wrongly.",
             "Look at what the loader returns.",
         )
+
+
+def _are_contexts(flat: Tensor) -> bool:
+    """Whether rows of whole numbers repeat as words do: a few often, and many once.
+
+    Where a loader draws from so few samples that most of its rows repeat, each comes twice or more on average, and
+    m e⁻ᵐ / (1 − e⁻ᵐ) of them once, 0.31 for m = 2.
+    """
+    if not bool((flat == flat.round()).all()):
+        return False
+    times = flat.unique(dim=0, return_counts=True)[1]
+    return float((times == 1).float().mean()) > ONCE
 
 
 def _num_codes(flat: Tensor) -> float:

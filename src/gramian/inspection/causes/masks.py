@@ -48,7 +48,19 @@ def masks(context: Context) -> Iterator[Finding]:
             strict.append(one.name)
         elif x.ndim > 1 and queries == x.shape[1] and (share := float((~seen.any(-1)).all(-1).float().mean())):
             blind[one.name] = share
-    if inverted:
+    lost = [one.name for one in context.observed.visible if one.is_lost]
+    if lost and not inverted and context.is_not_finite:
+        yield _masked(
+            context,
+            lost,
+            "error",
+            "hides every key of some queries",
+            "some rows of scores are −∞ everywhere, and the loss or a gradient is not finite (exact)",
+            "A softmax over a row of −∞ is NaN, and so is every gradient that it has a part in, also where the loss "
+            "leaves these queries out: a mask of padding over the queries in place of the keys, or a sample that is "
+            "all padding.",
+        )
+    elif inverted:
         yield _masked(
             context,
             inverted,

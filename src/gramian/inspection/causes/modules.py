@@ -43,7 +43,7 @@ def dead_units(context: Context) -> Iterator[Finding]:
     """Find layers most of whose units are zero on all rows."""
     rectified = [
         a
-        for a in context.observed.activations
+        for a in context.activations
         if a.function in ("relu", "relu6", "hardtanh") and a.dead and not _is_given_zeros(context, a)
     ]
     waking = {id(a) for a in rectified if _may_wake(context, a)}
@@ -62,7 +62,7 @@ def dead_units(context: Context) -> Iterator[Finding]:
             f"{worst.dead} of {worst.channels} units after {context.told(sources[0])} are never active"
             if len(dead) == 1
             else f"In {len(dead)} layers most units are never active, up to {worst.dead} of {worst.channels}",
-            where=some(sources, SHOWN),
+            where=some([s for s in sources if s], SHOWN) or "all layers",
             evidence=f"first after {context.told(sources[0])}, in {len(dead)} in all; zero on all {worst.rows:,} rows"
             + (f": active on at most {3 / worst.rows:.2%} (95 %)" if worst.rows >= FEW else ", with the whole layer"),
             cause="Their pre-activations are negative for all samples: a bias or an offset of the inputs, or a rate "

@@ -213,9 +213,13 @@ def beyond(context: Context) -> Iterator[Finding]:
         f"{found.share:.0%} of {found.label} are outside the range of the output",
         where="loss",
         evidence=f"an output ends with {found.ends.function}, of values in [{found.ends.low:g}, {found.ends.high:g}]; "
-        f"{found.label} is {found.low:.3g} to {found.high:.3g}, and the loss is stationary there (measured)",
+        f"{found.label} is {found.low:.3g} to {found.high:.3g}, and the loss "
+        + ("is a binary cross-entropy (measured)" if found.is_binary else "is stationary there (measured)"),
         cause="The loss draws outputs to where they cannot go; at an end of their range they get no gradient.",
-        advice=f"Remove the {found.ends.function} at the end, or scale the targets into its range.",
+        advice="Of classes, give each an output of its own, and use cross_entropy; of numbers, divide them by their "
+        "largest, or use a squared error."
+        if found.is_binary
+        else f"Remove the {found.ends.function} at the end, or scale the targets into its range.",
     )
 
 

@@ -29,6 +29,8 @@ ANYHOW = 5.0
 # A loss diverges that rises to this many times its first value, and by this much. It makes no progress while it is
 # above this share of its first value, unless that was already small.
 DIVERGES, RISES, NO_PROGRESS, SOLVED = 3.0, 3.0, 0.9, 0.05
+# Steps of a warm-up from which on a rate is lower than one makes it.
+LONGEST = 5000.0
 MOMENTUM = 0.995
 # Share of each weight that decay removes in a step; AdamW's default 1e-5.
 DECAY = 2e-3
@@ -171,7 +173,13 @@ def steps(context: Context) -> Iterator[Finding]:
         if largest.is_scheduled:  # a warm-up, or the end of a decay, or one that has come too early
             cause = f"A schedule has set the rate to {largest.rate:g}, from or towards {_scheduled(largest.group):g}."
             advice = "Look at whether the schedule is where it should be: it counts steps, or epochs."
-            found = replace(found, severity="info", cause=cause, advice=advice)
+            warm_up = (_steps_taken(context) + 1) * _scheduled(largest.group) / largest.rate
+            if warm_up > LONGEST and not context.has_learned:
+                cause += f" A warm-up that begins so would take {warm_up:,.0f} steps."
+                advice += " The function given to LambdaLR returns a factor, by which lr is multiplied, and no rate."
+            else:
+                found = replace(found, severity="info")
+            found = replace(found, cause=cause, advice=advice)
         yield found
     elif slow:
         yield _too_low(context, slow[0], taken.gradient, told)

@@ -222,7 +222,8 @@ def mixture(context: Context) -> Iterator[Finding]:
         evidence=f"the summed term of halves adds up to that of the whole; its gradient is {found.ratio:.2g} times "
         "that of the others",
         cause=f"It weighs {found.num} times as much as its mean would, and more with larger batches.",
-        advice="Take the mean over the samples of both: .sum(1).mean().",
+        advice="Sum over the features and take the mean over the samples, in both terms: .flatten(1).sum(1).mean(). A "
+        "mean over all entries of one of them, as F.mse_loss gives, makes it as many times smaller as it has features.",
     )
 
 

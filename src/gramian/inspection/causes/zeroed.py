@@ -37,7 +37,8 @@ def zero_factor(context: Context) -> Iterator[Finding]:
         "because a mask is inverted or empty."
         if not found.is_parameter
         else "The parameter starts at zero and is frozen, so that no step opens it.",
-        advice="Print the zeros where they are made; leave a term out if it is not meant to count."
+        advice="Print the zeros where they are made; leave a term out if it is not meant to count. An input of zeros, "
+        "as a decoder's, is to be what it begins from: the targets one place later."
         if not found.is_parameter
         else f"Train it: {found.name} needs requires_grad_(True); or start it at one.",
     )

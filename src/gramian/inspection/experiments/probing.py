@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from gramian.autograd import CUT_OFF, NO_GRAPH
-from gramian.batch import main_input, mapped, num_samples
+from gramian.batch import num_samples
+from gramian.inspection.experiments.affine import is_affine
 from gramian.inspection.experiments.blocking import are_constant, blocking_zeros
 from gramian.inspection.experiments.choices import Choices, along_choices
 from gramian.inspection.experiments.compared import label_names
@@ -29,7 +29,7 @@ from gramian.inspection.experiments.profiles import Profile, along_outputs
 from gramian.inspection.experiments.ranges import Beyond, beyond_range
 from gramian.inspection.experiments.reaching import cut, unlinked
 from gramian.inspection.experiments.recutting import Recut, recut
-from gramian.inspection.experiments.replaying import Asked, are_equal, outputs_of
+from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.experiments.rows import Rows, compared_rows
 from gramian.inspection.experiments.shifting import shifted_twice
 from gramian.inspection.experiments.shortcuts import OneWay, Shortcut, one_way, shortcut
@@ -39,7 +39,6 @@ from gramian.inspection.experiments.together import Together, made_into_inputs, 
 from gramian.inspection.experiments.two_values import TwoValues, of_two_values
 from gramian.inspection.experiments.unheard import unheard_arguments
 from gramian.inspection.experiments.unused import Idle, Unused, idle_half, idle_targets, without_columns, without_effect
-from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.signal import in_words
 from gramian.objective import Objective
@@ -110,7 +109,7 @@ class Probes:
         unlinked: parameters without a gradient whose values change the loss.
         cut: of a sequence, how many positions have no gradient though the loss depends on them, how many there are,
             and the module whose output was looked at.
-        is_affine: whether the model's output is an affine function of its input.
+        is_affine: whether the model's output, before a function at its end, is an affine function of its input.
         sum_over: the number of samples, where the loss of a batch is the sum of those of its halves; else 0.
         falls: losses where the output is far below, as it is, and far above, where it is lower at both ends.
         plunges: the loss as it is, and with the outputs a little and far down its gradient, where it has no minimum.
@@ -256,29 +255,6 @@ def _is_cut_off(error: Exception, objective: Objective) -> bool:
     return CUT_OFF in str(error) or (needed and NO_GRAPH in str(error))
 
 
-def _is_affine(asked: Asked) -> bool | None:
-    """Whether a mixture of inputs gives the mixture of outputs, where several matrices are used one after another."""
-    seen = asked.seen
-    fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
-    matrices = [n for n, p in asked.model.named_parameters() if p.ndim > 1 and n in seen.used]
-    if len(fed) != 1 or len(matrices) < 2 or not fed[0].values[0].is_floating_point():
-        return None
-    if (
-        seen.activations or seen.attentions or seen.gates
-    ):  # at the start, branches of zero or mirrored weights hide them
-        return None
-    x = main_input(asked.batch)
-    if len(x) < 3 or x.shape != fed[0].values[0][: len(x)].shape:
-        return None
-    mixture = 0.3 * x + 0.7 * x.roll(1, 0)
-    with torch.no_grad():
-        whole = asked.replay.single
-        mixed = outputs_of(asked, mapped(asked.batch, lambda t: mixture if t is x else t))
-    if whole is None or mixed is None or whole.ndim < 1 or len(whole) != len(x):
-        return None
-    return are_equal(mixed, 0.3 * whole + 0.7 * whole.roll(1, 0))
-
-
 def _sum_over(asked: Asked) -> int | None:
     """How many samples a loss is a sum over: it is, if the losses of two halves have the whole's as their sum."""
     num = num_samples(asked.seen.batches[0])
@@ -291,7 +267,7 @@ def _sum_over(asked: Asked) -> int | None:
 
 
 _PROBES = (
-    unlinked, cut, _is_affine, _sum_over, falls, plunges, without_effect, idle_half, idle_targets, ignores_order,
+    unlinked, cut, is_affine, _sum_over, falls, plunges, without_effect, idle_half, idle_targets, ignores_order,
     against_labels, silent_columns, silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding,
     along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope,
     log_determinant, at_labels, of_two_values, one_way, is_concave, shortcut, beyond_range, ignored_classes, recut,

@@ -160,8 +160,9 @@ class Forward:
 
         last = self.last
         try:
-            with self.asleep(), torch.enable_grad():
-                Pass(last.args, last.kwargs, last.autocasts, called).run(self.root, watcher)
+            again = Pass(last.args, last.kwargs, last.autocasts, called)
+            with self.asleep(), torch.enable_grad(), again.run(self.root, watcher):
+                pass
         except Exception as error:  # the user's run went well, and goes on
             watcher.failure = watcher.failure or f"running the batch again failed: {in_words(error)}"
         self._finish(watcher, outputs[0] if outputs else None)

@@ -68,6 +68,11 @@ class Heads:
         before = self.scored.get(id(given[0])) if given else None
         if func in _LOSSES and before is not None:
             self._judge(before)
+        elif func in _LOSSES and given and given[0].ndim > 1:  # cosines with a margin, say
+            size = given[0].shape[1]
+            self.seen.has_cosines |= any(
+                all(map(_is_unit, one.operands)) for one in self.scored.values() if one.values.shape[-1] == size
+            )
         elif (func is F.linear or func in _DOTS) and len(given) == 2 and made.ndim > 1:
             scaled = [self.scaled.get(id(t)) or Scored(t, (t,)) for t in given]
             operands = tuple(t for one in scaled for t in one.operands)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.inspection.experiments.bootstrapping import is_bootstrapped, is_taught
+from gramian.inspection.passes.gate_functions import ADDITIONS, QUOTIENTS
 from gramian.inspection.passes.labeled import see_labels
 from gramian.inspection.passes.observed import Broadcast, Criterion, Ends, Observed
 
-__all__ = ["VALUES", "ends_of", "labels_range", "see_loss", "see_pull"]
+__all__ = ["VALUES", "ends_of", "labels_range", "see_loss", "see_pull", "shifted"]
 
 _CLASSES: dict[Callable, str] = {F.cross_entropy: "cross_entropy", F.nll_loss: "nll_loss"}
 _BINARY: dict[Callable, str] = {
@@ -123,6 +125,38 @@ def ends_of(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Ends | No
         if not isinstance(low, Tensor) and not isinstance(high, Tensor):
             return Ends("clamp", -math.inf if low is None else float(low), math.inf if high is None else float(high))
     return None
+
+
+def shifted(ends: Ends, func: Callable, by: Any, *, is_reversed: bool = False) -> Ends | None:
+    """The two ends of values times a number, over one, or plus or minus one; `None` for others.
+
+    Args:
+        ends: of the values.
+        func: that takes them and the number.
+        by: the number, or a tensor of one entry that nothing trains.
+        is_reversed: whether the number is the first argument.
+    """
+    if isinstance(by, Tensor):
+        by = by.item() if by.numel() == 1 and not by.requires_grad and by.is_floating_point() else None
+    if not isinstance(by, (int, float)) or not all(map(math.isfinite, (by, ends.low, ends.high))):
+        return None
+    factor, offset = 1.0, 0.0
+    if func in _PRODUCTS:
+        factor = by
+    elif func in QUOTIENTS and not is_reversed and by:
+        factor = 1 / by
+    elif func in ADDITIONS:
+        offset = by
+    elif func in _DIFFERENCES and func is not Tensor.__rsub__ and not is_reversed:
+        offset = -by
+    elif func in _DIFFERENCES:
+        factor, offset = -1.0, by
+    else:
+        return None
+    if factor == 0:
+        return None
+    low, high = sorted((factor * ends.low + offset, factor * ends.high + offset))
+    return replace(ends, low=low, high=high)
 
 
 def labels_range(scores: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[int, int, int] | None:

@@ -46,7 +46,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation function's output: which of its channels never act."""
+    """An activation function's output: which of its channels never act.
+
+    `is_outside` tells that no module was running, as in a loss.
+    """
 
     name: str
     function: str
@@ -56,6 +59,7 @@ class Activation:
     saturated: float
     mean: float
     rows: int
+    is_outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,15 @@ class Attention:
 class Visible:
     """Which keys attention sees: `seen` (B, T, S) is true where a score is not masked, of the first samples.
 
-    `rows` is the length of the first dimension, samples or samples times heads.
+    `rows` is the length of the first dimension, samples or samples times heads; `is_lost` tells that some row of scores
+    is −∞ everywhere, of which a softmax is NaN.
     """
 
     name: str
     order: int
     seen: Tensor
     rows: int
+    is_lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -306,6 +312,7 @@ class Observed:
         dropouts: by module in which `F.dropout` drops values, the largest share.
         scores_end: of the function, in the model or outside, that made what a binary cross-entropy of scores is given.
         cosines: where the loss's scores are cosines.
+        has_cosines: whether the loss's scores have as many entries as a product of vectors of length one.
         reductions: means and sums that cancel.
         ungraded: modules that run under `torch.no_grad`.
         first_loss: mean over units of the first batch, in training mode.
@@ -368,6 +375,7 @@ class Observed:
     dropouts: dict[str, float] = field(default_factory=dict)
     scores_end: Ends | None = None
     cosines: Cosines | None = None
+    has_cosines: bool = False
     reductions: list[Reduction] = field(default_factory=list)
     ungraded: set[str] = field(default_factory=set)
     loss: float = float("nan")

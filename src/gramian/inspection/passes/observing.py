@@ -72,10 +72,13 @@ def observe(
                 seen.loss = seen.first_loss = loss
             seen.loss += loss - loss
         if seen.batches and not (math.isfinite(seen.loss) and all(call.output.is_finite for call in seen.calls)):
-            watcher = Watcher(model, Observed(), careful=True)
-            with watcher.installed(), torch.enable_grad():
-                objective.loss(model, seen.batches[0])
-            seen.first_non_finite = watcher.first_non_finite
+            for batch in seen.batches:
+                watcher = Watcher(model, Observed(), careful=True)
+                with watcher.installed(), torch.enable_grad():
+                    objective.loss(model, batch)
+                seen.first_non_finite = watcher.first_non_finite
+                if seen.first_non_finite is not None:
+                    break
         elif any(g is not None and not math.isfinite(g) for g in seen.gradients.values()):
             seen.first_infinite_derivative = first_infinite_derivative(
                 model, lambda: torch.stack([objective.loss(model, batch)[0] for batch in seen.batches]).sum()

@@ -76,6 +76,7 @@ class Operations:
         self.over_queries = OverQueries(seen)
         self.elementwise = ElementWise(names)
         self.gating = Gating(seen, names, read, live=live)
+        self.is_outside = False  # whether no module is running
         self.is_convolutional = False  # whether the last module with a matrix was a convolution
         self.unfused = 0  # depth of calls that run unfused
         self.made_by: dict[int, list[str]] = {}  # modules, by the id of what they gave
@@ -163,9 +164,11 @@ class Operations:
             dead, saturated = at_end > 0.99, at_end.mean()
             finite = finite if given is None else (given.detach() > MASKED).all() & given.detach().isfinite().all()
 
+        is_outside = self.is_outside
+
         def keep(mean: float, dead: float, saturated: float, finite: float) -> None:
             if finite:  # scores that a mask has set are at their end on purpose
-                found = Activation(name, function, order, channels, int(dead), saturated, mean, rows)
+                found = Activation(name, function, order, channels, int(dead), saturated, mean, rows, is_outside)
                 self.seen.activations.append(found)
 
         self.read((mean, dead.sum(), saturated, finite), keep)
@@ -176,7 +179,8 @@ class Operations:
         if self.live:
             weights, scores = weights[:NUM_SAMPLES], None if scores is None else scores[:NUM_SAMPLES]
         elif scores is not None and (seen := visible_keys(scores)) is not None:
-            self.seen.visible.append(Visible(name, order, seen, len(scores)))
+            is_lost = bool((scores.detach() == -math.inf).all(-1).any())
+            self.seen.visible.append(Visible(name, order, seen, len(scores), is_lost))
 
         def keep(entropy: float, masked: float, seeing: float) -> None:
             if seeing or masked:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from gramian.recording.measuring import training
 from gramian.report import Finding
 
 NARROW = (torch.float16, torch.bfloat16)
+# In place of a module and operation: no derivative in the model is infinite.
+BEHIND = ("", "")
 
 __all__ = ["Pass", "are_finite", "find_origin", "values_of"]
 
@@ -63,15 +65,20 @@ class Pass:
         """Whether autocast computes in float16 or bfloat16."""
         return any(dtype in NARROW for _, dtype in self.autocasts)
 
-    def run(self, model: nn.Module, watcher: Watcher | None = None) -> Any:
-        """Runs it again, watched, and uncompiled; the model's mode, its buffers and the random state are restored."""
+    @contextmanager
+    def run(self, model: nn.Module, watcher: Watcher | None = None) -> Iterator[Any]:
+        """A context with what it gives once more, watched, and uncompiled.
+
+        At its end the model's mode, its buffers and the random state are restored: after a backward pass, which may
+        need the buffers as the forward pass left them.
+        """
         with ExitStack() as inside:
             for kind, dtype in self.autocasts:
                 inside.enter_context(torch.autocast(kind, dtype=dtype))
             inside.enter_context(training(model))
             if watcher is not None:
                 inside.enter_context(watcher.installed())
-            return (self.call or model)(*self.args, **self.kwargs)
+            yield (self.call or model)(*self.args, **self.kwargs)
 
 
 def find_origin(
@@ -127,23 +134,46 @@ def find_origin(
         every = exchange_json(derivative, parallel.process_group)
         derivative = next(((one[0], one[1]) for one in every if one is not None), None)
     told = f"{when}: {len(bad)} of {len(gradients)} gradients (exact){again}"
-    return gradient_overflow(bad, len(gradients), told, derivative, is_narrow=is_narrow)
+    if derivative != BEHIND:
+        return gradient_overflow(bad, len(gradients), told, derivative, is_narrow=is_narrow)
+    finding = gradient_overflow(bad, len(gradients), told, None, is_narrow=is_narrow)
+    return _behind(finding) if finding.where == "all layers" and not is_narrow else finding
+
+
+def _behind(finding: Finding) -> Finding:
+    """The finding about gradients that are lost behind the model, in a loss that is not watched."""
+    return replace(
+        finding,
+        title=f"{finding.title}, from the loss on",
+        where="loss",
+        evidence=f"{finding.evidence}; from other gradients at the outputs all that come of them are finite (exact)",
+        cause="The derivative of an operation behind the model is infinite where its function is finite (√0, ‖0‖, "
+        "arccos 1), or left the range of the dtype.",
+        advice="gm.inspect(model, batches, loss) names the operation; an ε inside of a root, a norm or a logarithm, or "
+        "a clamp before it, keeps its argument away from that point.",
+    )
 
 
 def _differentiated_again(model: nn.Module, last: Pass) -> tuple[str, str] | None:
-    """The module and operation whose derivative is not finite where a random gradient arrives at the outputs."""
+    """The module and operation whose derivative is not finite where a random gradient arrives at the outputs.
+
+    `BEHIND`, where all are finite.
+    """
     if any(hasattr(p, "to_local") for p in model.parameters()):
         return None  # sharded parameters are gathered for a backward pass of the whole loss alone
 
+    held = ExitStack()
+
     def forward() -> Tensor:
-        made = [t for t in tensors(last.run(model)) if t.is_floating_point() and t.requires_grad]
+        made = [t for t in tensors(held.enter_context(last.run(model))) if t.is_floating_point() and t.requires_grad]
         generators = {t.device: torch.Generator(t.device).manual_seed(0) for t in made}
         return torch.stack(
             [(t * torch.randn(t.shape, generator=generators[t.device], device=t.device)).float().sum() for t in made]
         ).sum()
 
     try:
-        return first_infinite_derivative(model, forward)
+        with held:
+            return first_infinite_derivative(model, forward) or BEHIND
     except Exception:  # a pass that cannot be repeated with a graph, or outputs that have none
         return None
 
@@ -154,8 +184,8 @@ def _run_again(model: nn.Module, last: Pass) -> tuple[str, str] | None:
         return "", ""
     watcher = Watcher(model, Observed(), careful=True)
     try:
-        with torch.enable_grad():  # a model may differentiate on its way
-            last.run(model, watcher)
+        with torch.enable_grad(), last.run(model, watcher):  # a model may differentiate on its way
+            pass
     except Exception:  # an operation that refuses such values: what was found before it counts
         pass
     return watcher.first_non_finite

@@ -20,7 +20,7 @@ from gramian.batch import mapped
 from gramian.inspection.passes.draws import Draws
 from gramian.inspection.passes.following import Follower
 from gramian.inspection.passes.given import key
-from gramian.inspection.passes.losses import ends_of, see_loss, see_pull
+from gramian.inspection.passes.losses import ends_of, see_loss, see_pull, shifted
 from gramian.inspection.passes.moments import as_moments, first_float, packed, squares, version
 from gramian.inspection.passes.observed import Call, Cut, Ends, Observed
 from gramian.inspection.passes.operations import Operations
@@ -273,7 +273,7 @@ class Watcher(Follower):
             return
         if not self.live:
             self.draws.see(name, self.order, func, given, made, is_loss=not self.stack)
-        ends = ends_of(func, args, kwargs)
+        ends = ends_of(func, args, kwargs) or self._scaled(func, args)
         if ends is not None:
             self.ended = (made, ends)
         elif func in _SELECTIONS and given:
@@ -285,10 +285,19 @@ class Watcher(Follower):
             self._cut(name, getattr(func, "__name__", str(func)), given)
         if made.is_nested or any(t.is_nested for t in given):
             args, kwargs, given, made = mapped((args, dict(kwargs), given, made), packed)
+        self.operations.is_outside = not self.stack and not self.live
         if not self.is_elsewhere or self.stack:  # not in a discriminator, a teacher or a loss with weights of its own
             self.operations.see(name, self.order, func, args, kwargs, given, made)
         elif not self.live:
             self.operations.heads.see(func, args, kwargs, given, made)
+
+    def _scaled(self, func: Any, args: tuple) -> Ends | None:
+        """The ends of values times a number, or plus one, as a tanh's times the largest action."""
+        ends = self.bounded.get(id(args[0])) if args else None
+        of_second = self.bounded.get(id(args[1])) if len(args) == 2 else None
+        if ends is not None:
+            return shifted(ends, func, args[1]) if len(args) == 2 else None
+        return shifted(of_second, func, args[0], is_reversed=True) if of_second is not None else None
 
     def _differentiated(self, kwargs: Mapping[str, Any], found: Any) -> None:
         """Keeps which of the derivatives, of those that are to be differentiated again, is zero everywhere."""

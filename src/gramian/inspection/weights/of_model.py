@@ -69,6 +69,7 @@ def measure_model(
     known = [r for r in rest if not is_lazy(r.parameter)]
     for r in known:
         add_non_finite(measured, r.name, r.parameter.detach())
+    measured.buffers = frozenset(n for n, _ in model.named_buffers() if "running_" not in n)
     for name, buffer in model.named_buffers():
         if is_plain(buffer):
             add_non_finite(measured, name, buffer)

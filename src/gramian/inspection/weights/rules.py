@@ -53,14 +53,20 @@ def non_finite_weights(measured: Measured) -> Iterator[Finding]:
     if bad:
         layer, spectrum = bad[0]
         verb = "is" if spectrum.num_nonfinite == 1 else "are"
+        is_buffer = all(one.name in measured.buffers for one, _ in bad)
         yield Finding(
             "non-finite-weights",
             "error",
             f"{plural(spectrum.num_nonfinite, 'value')} of {layer.name} {verb} NaN or infinite",
             where=names_of([layer for layer, _ in bad]),
             evidence=f"{len(bad)} of {plural(len(measured.layers), 'tensor')} with such values (exact count)",
-            cause="Training diverged, or the file was damaged, before these weights were saved.",
-            advice="Go back to an earlier checkpoint, and continue with a lower learning rate or clipped gradients.",
+            cause="It is a buffer, which no step changes: what it is computed from gave no finite value, as "
+            "the root of a negative one or a division by zero does."
+            if is_buffer
+            else "Training diverged, or the file was damaged, before these weights were saved.",
+            advice=f"Look at the line that makes {layer.name}, and at the settings it takes."
+            if is_buffer
+            else "Go back to an earlier checkpoint, and continue with a lower learning rate or clipped gradients.",
         )
 
 
@@ -236,7 +242,7 @@ def dominant_direction(measured: Measured) -> Iterator[Finding]:
         is_asked = measured.layers[-1].role == "head" and min(measured.layers[-1].shape) == 1  # one score needs one
         yield Finding(
             "dominant-direction",
-            "warning" if share > NEARLY_ALL and not is_asked else "info",
+            "warning" if share > NEARLY_ALL and not is_asked and not measured.has_learned else "info",
             f"One direction holds most of the energy of {_matrices(found)}",
             where=names_of(found),
             evidence=f"most in {worst.name}: σ₁² is {share:.0%} of ‖W‖_F² "
