@@ -98,8 +98,9 @@ SYMPTOMS = frozenset(
 _UNITS = frozenset((
     "norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth", "head-input-offset",
 ))  # fmt: skip
-# What units that do not act cannot make.
+# What units that do not act, and weights that are alike or small, cannot make.
 _NOT_FINITE = frozenset(("loss-non-finite", "non-finite-input", "non-finite-gradient"))
+_ALIKE = frozenset(("parameter-constant", "parameter-rank-one", "parameter-scale-small"))
 _GAINS = frozenset(_GAIN)
 # What reading the state behind long padding makes.
 _FORGOTTEN = frozenset(("gradient-underflow", "samples-indistinguishable", "gradient-vanishes", "jacobian-vanishes"))
@@ -185,7 +186,7 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
     grave = {root.code for code, root in roots.items() if unique[code].severity == "error"}
     result = [following(f, roots.get(f.code)) for f in all_of]
     result = [replace(f, severity="error") if f.code in grave and f.severity == "warning" else f for f in result]
-    return sorted(result, key=lambda f: (SEVERITIES.index(f.severity), _rank(f)))
+    return sorted(result, key=lambda f: (SEVERITIES.index(f.severity), f.code != "loss-non-finite", _rank(f)))
 
 
 def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Finding | None:
@@ -224,7 +225,7 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         return next((c for c in causes if c.code in _SIGNAL and c.where == finding.where), None)
     if finding.code in SYMPTOMS | _UNITS:
         among = [c for c in causes if finding.code != "residual-growth" or c.code not in _BESIDE]
-        among = [c for c in among if finding.code not in _NOT_FINITE or c.code not in _UNITS]
+        among = [c for c in among if finding.code not in _NOT_FINITE or c.code not in _UNITS | _ALIKE]
         if finding.code == "loss-non-finite" and _is_pole(finding):
             among = [c for c in among if c.code not in _SIZES_OF_DATA]
     elif finding.code in _GAINS:
