@@ -128,20 +128,11 @@ class Context:
         """
         if self.opening is not None:
             return self.opening.last
-        leading = self.observed.leading
         owners = [self.module_of(b.name) for b in self.matrices]
-        return frozenset(
-            b.name
-            for b, owner in zip(self.matrices, owners, strict=True)
-            if b.role == "head"
-            # In a module with several, one may lead to another.
-            or (
-                leading is not None
-                and b.name not in leading
-                and b.name in self.observed.used
-                and owners.count(owner) == 1
-            )
-        )
+        alone = {b.name for b, owner in zip(self.matrices, owners, strict=True) if owners.count(owner) == 1}
+        leading = self.observed.leading  # in a module with several, one may lead to another
+        last = set() if leading is None else alone & set(self.observed.used) - leading
+        return frozenset(last.union(b.name for b in self.matrices if b.role == "head"))
 
     @cached_property
     def is_blocked(self) -> bool:

@@ -7,8 +7,9 @@ import math
 from torch import Tensor
 
 from gramian.inspection.causes.context import Context
+from gramian.inspection.causes.sizes import SMALLEST
 
-__all__ = ["grows_from_zero"]
+__all__ = ["grows_from_zero", "is_opening"]
 
 # Root mean square of an entry, in steps of Adam's size: at most one for each step made, and at least this share of the
 # root of their number, which steps without a direction add up to. The first has room for other optimizers' steps.
@@ -16,7 +17,7 @@ MOST, LEAST = 1.5, 0.25
 
 
 def grows_from_zero(context: Context, name: str, w: Tensor) -> bool:
-    """Whether a matrix was zero when a watch began, or is as large as the optimizer's steps would have made it.
+    """Whether a matrix, still small, was zero when a watch began, or is what the optimizer's steps would have made it.
 
     Args:
         context: with the optimizer, where there is one.
@@ -28,7 +29,8 @@ def grows_from_zero(context: Context, name: str, w: Tensor) -> bool:
     Cost: reads one number from the device.
     Source: this library's own; steps of Adam: Kingma & Ba 1412.6980, section 2.1.
     """
-    if not context.observed.gradients.get(name):
+    rms = float(w.float().square().mean().sqrt())
+    if not context.observed.gradients.get(name) or not 0 < rms * math.sqrt(w.numel() // max(1, len(w))) < SMALLEST:
         return False
     if name in context.began_at_zero:
         return True
@@ -36,5 +38,14 @@ def grows_from_zero(context: Context, name: str, w: Tensor) -> bool:
         return False
     num, group = context.optimizer.state.get(context.parameters[name], {}).get("step", 0), context.groups[name]
     rate = max(float(group["lr"]), float(group.get("initial_lr", 0.0)))
-    rms = float(w.float().square().mean().sqrt())
     return LEAST * float(group["lr"]) * math.sqrt(float(num)) <= rms <= MOST * rate * float(num)
+
+
+def is_opening(context: Context) -> bool:
+    """Whether a matrix that is used `grows_from_zero`, so that what passes it is still little.
+
+    Args:
+        context: as for `grows_from_zero`.
+    """
+    used = context.observed.used
+    return any(grows_from_zero(context, block.name, w) for block, w in context.values() if block.name in used)

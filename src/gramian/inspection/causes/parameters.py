@@ -69,8 +69,7 @@ def degenerate(context: Context) -> Iterator[Finding]:
         elif context.parameters[block.name].requires_grad and context.observed.gradients.get(block.name, 0.0) is None:
             continue
         elif is_matrix and bool((w == w.flatten()[0]).all()) and len(w) > 1:
-            if block.name not in context.observed.scaling:
-                constant.append(block.name)
+            constant.append(block.name)
         elif is_matrix and block.name in context.rank_one and not _is_far(block, w):
             single.append(block.name)
     if zero:

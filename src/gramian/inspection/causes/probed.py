@@ -10,7 +10,7 @@ from gramian.batch import main_input
 from gramian.errors import some
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
-from gramian.inspection.causes.growing import grows_from_zero
+from gramian.inspection.causes.growing import is_opening
 from gramian.inspection.causes.stepping import steps
 from gramian.inspection.experiments.endless import FAR, NEAR
 from gramian.inspection.experiments.ordering import are_in_order, as_set, without_order
@@ -48,16 +48,16 @@ def affine(context: Context) -> Iterator[Finding]:
     """Find several layers that are one affine map. Measured on real inputs."""
     if context.probes.is_affine:
         used = [b.name for b in context.matrices if b.name in context.observed.used]
-        is_opening = any(grows_from_zero(context, b.name, w) for b, w in context.values() if b.name in used)
+        opening = is_opening(context)
         yield Finding(
             "no-nonlinearity",
-            "info" if is_opening else "warning",
+            "info" if opening else "warning",
             f"The network is an affine map: its {len(used)} matrices do what one does",
             where="all layers",
             evidence="the output for a mixture of two inputs is the mixture of their outputs, up to rounding, for "
             "samples of the first batch in evaluation mode",
             cause="The nonlinear branches started at zero, and have opened by a few steps so far."
-            if is_opening
+            if opening
             else "No activation function stands between the layers, or each acts where it is linear.",
             advice="" if is_opening else "Put an activation function between the layers: nn.ReLU() or nn.GELU().",
         )

@@ -400,5 +400,5 @@ class Observed:
 
     @property
     def entries(self) -> frozenset[str]:
-        """Parameters that meet other values entry by entry, and that no product takes as a matrix."""
-        return frozenset(self.by_entry - self.multiplied)
+        """Parameters that meet other values entry by entry, and that no product takes as a matrix as they are."""
+        return frozenset((self.by_entry - self.multiplied) | self.scaling)
