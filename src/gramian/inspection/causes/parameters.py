@@ -70,7 +70,12 @@ def degenerate(context: Context) -> Iterator[Finding]:
             continue
         elif is_matrix and bool((w == w.flatten()[0]).all()) and len(w) > 1:
             constant.append(block.name)
-        elif is_matrix and block.name in context.rank_one and not _is_far(block, w):
+        elif (
+            is_matrix
+            and block.name in context.rank_one
+            and not _is_far(block, w)
+            and not grows_from_zero(context, block.name, w)
+        ):
             single.append(block.name)
     if zero:
         yield Finding(
