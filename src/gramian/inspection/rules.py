@@ -223,7 +223,7 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
     if 1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO:
         return
     vanishes = ratio < 1
-    opens = vanishes and measured.is_opening
+    opens = vanishes and bool(measured.opening)
     unmoved = [layer for layer in sized if (layer.gradient_rms or 0.0) < ADAMW_EPS]
     evidence = f"root mean square{_positions(measured, sized)} {first:.1e} at {start.name}, {last:.1e} at {end.name}"
     if unmoved:

@@ -9,7 +9,7 @@ from torch import Tensor
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.sizes import SMALLEST
 
-__all__ = ["grows_from_zero", "is_opening"]
+__all__ = ["grows_from_zero", "opening_matrices"]
 
 # Root mean square of an entry, in steps of Adam's size: at most one for each step made, and at least this share of the
 # root of their number, which steps without a direction add up to. The first has room for other optimizers' steps.
@@ -41,11 +41,11 @@ def grows_from_zero(context: Context, name: str, w: Tensor) -> bool:
     return LEAST * float(group["lr"]) * math.sqrt(float(num)) <= rms <= MOST * rate * float(num)
 
 
-def is_opening(context: Context) -> bool:
-    """Whether a matrix that is used `grows_from_zero`, so that what passes it is still little.
+def opening_matrices(context: Context) -> frozenset[str]:
+    """The names of the used parameters that `grows_from_zero` tells, which let little pass so far.
 
     Args:
         context: as for `grows_from_zero`.
     """
     used = context.observed.used
-    return any(grows_from_zero(context, block.name, w) for block, w in context.values() if block.name in used)
+    return frozenset(b.name for b, w in context.values() if b.name in used and grows_from_zero(context, b.name, w))

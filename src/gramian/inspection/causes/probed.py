@@ -10,7 +10,7 @@ from gramian.batch import main_input
 from gramian.errors import some
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
-from gramian.inspection.causes.growing import is_opening
+from gramian.inspection.causes.growing import opening_matrices
 from gramian.inspection.causes.stepping import steps
 from gramian.inspection.experiments.endless import FAR, NEAR
 from gramian.inspection.experiments.ordering import are_in_order, as_set, without_order
@@ -48,7 +48,7 @@ def affine(context: Context) -> Iterator[Finding]:
     """Find several layers that are one affine map. Measured on real inputs."""
     if context.probes.is_affine:
         used = [b.name for b in context.matrices if b.name in context.observed.used]
-        opening = is_opening(context)
+        opening = opening_matrices(context)
         yield Finding(
             "no-nonlinearity",
             "info" if opening else "warning",

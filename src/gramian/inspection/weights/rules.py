@@ -233,7 +233,7 @@ def dominant_direction(measured: Measured) -> Iterator[Finding]:
         for layer in measured.layers
         if layer.role == "hidden"
         and not is_product(layer)
-        and layer.name.partition("[")[0] not in measured.entries
+        and layer.name.partition("[")[0] not in measured.entries | measured.opening
         and layer.stable_rank
         and min(layer.shape) >= DOMINANT_SIDE
         and layer.stable_rank < 1 / DOMINANT
