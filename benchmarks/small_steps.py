@@ -1,4 +1,4 @@
-"""What a step of Muon costs on small networks, beside its peers: processor time of one thread, in turns.
+"""What a step of our Muons costs on small networks, beside their peers: processor time of one thread, in turns.
 
     OMP_NUM_THREADS=1 python benchmarks/small_steps.py [ROUNDS]
     OMP_NUM_THREADS=1 python benchmarks/small_steps.py TASK …
@@ -79,6 +79,7 @@ def _peers() -> dict[str, Callable[[nn.Module], Any]]:
         "torch Muon": lambda model: _torch_muon(model, RATE, RATE),
         **(third if find_spec("pytorch_optimizer") else {}),
         "gramian Muon": lambda model: gm.optim.Muon(model, lr=RATE),
+        "gramian BalancedMuon": lambda model: gm.optim.BalancedMuon(model, lr=RATE),
     }
 
 

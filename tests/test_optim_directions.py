@@ -252,6 +252,22 @@ def test_cholesky_factors_do_as_well_as_roots(longest: int) -> None:
     torch.testing.assert_close(found[0], wanted * 2 / wanted.norm(), rtol=0, atol=checks_of("balanced").accuracy)
 
 
+def test_gradients_in_units_of_their_norm_whatever_their_size_and_neighbors() -> None:
+    recipe, options = recipe_of("balanced"), group_of("balanced", moment_beta=0.0)
+    g = torch.randn(4, 3, 5, generator=seeded(0))
+
+    def moments(g: Tensor) -> Tensor:
+        state = recipe.init(g, options)
+        recipe.update(g.clone(), state, StepContext(torch.ones(len(g), 1, 1), True, None, options))
+        return state["left_moment"]
+
+    factors = torch.tensor([1.0, 1e30, 1e-30, 0.0]).view(4, 1, 1)
+    found, wanted = moments(g * factors), g[:3] @ g[:3].mT / g[:3].square().sum((1, 2), keepdim=True)
+    torch.testing.assert_close(found[:3], wanted)
+    assert torch.equal(found[:1], moments(g[:1]))
+    assert not found[3].any()
+
+
 # --- a direction that is unlike the others ----------------------------------------------------------------------------
 
 

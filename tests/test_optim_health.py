@@ -206,7 +206,7 @@ def test_a_schedule_is_staggered() -> None:
     params = parameters()
     optimizer = SOAP(params, refresh=3)
     run(optimizer, params, range(4))
-    assert sorted(optimizer._plans[0].stacks[0].phases.tolist()) == [0, 1, 2]
+    assert sorted(optimizer._plans[0].stacks[0].phases) == [0, 1, 2]
 
 
 def test_a_share_out_of_range_is_refused() -> None:

@@ -316,6 +316,6 @@ def test_unfreezing_and_missing_gradients_keep_the_state_of_others() -> None:
     optimizer.step()
     assert optimizer.state[b]["direction"].any()
     assert momentum_of(optimizer, a).any()
-    due = optimizer._plans[0].stacks[0].phases.tolist()
+    due = optimizer._plans[0].stacks[0].phases
     assert due == [0, 1]
     assert torch.equal(optimizer.state[a]["direction"], kept)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import seeded
 from gramian.bench.learning_networks import mlp
-from gramian.optim import Muon, stacks
+from gramian.optim import BalancedMuon, Muon, stacks
 from gramian.optim.norms import ROWS, Norms
 
 
@@ -29,11 +29,11 @@ def give_gradients(model: nn.Module, seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-@pytest.mark.parametrize(("depth", "most"), [(3, 50), (9, 85)])
-def test_a_step_of_a_small_network_takes_few_calls(depth: int, most: int) -> None:
+@pytest.mark.parametrize(("cls", "depth", "most"), [(Muon, 3, 50), (Muon, 9, 85), (BalancedMuon, 3, 76)])
+def test_a_step_of_a_small_network_takes_few_calls(cls: type[Muon], depth: int, most: int) -> None:
     """Whose time they are. More layers of one shape take few more: for views and norms, not for products."""
     model = mlp(width=32, depth=depth)
-    optimizer = Muon(model)
+    optimizer = cls(model)
     for seed in range(2):
         give_gradients(model, seed)
         optimizer.step()
@@ -65,7 +65,7 @@ def num_stacks(optimizer: Muon) -> int:
     return len(optimizer._plans[0].stacks or ())
 
 
-def trained(pads: bool, steps: int, monkeypatch, **options) -> tuple[nn.ModuleDict, Muon]:
+def trained(pads: bool, steps: int, monkeypatch, cls: type = Muon, **options) -> tuple[nn.ModuleDict, Muon]:
     torch.manual_seed(0)
     model = several()
     turned = weight(model, "strided")
@@ -73,7 +73,7 @@ def trained(pads: bool, steps: int, monkeypatch, **options) -> tuple[nn.ModuleDi
     with monkeypatch.context() as patch:
         if not pads:
             patch.setattr(stacks, "STACK", 0)
-        optimizer = Muon(model, weight_decay=0.1, **options)
+        optimizer = cls(model, weight_decay=0.1, **options)
         for seed in range(steps):
             give_gradients(model, seed)
             optimizer.step()
@@ -85,20 +85,64 @@ def assert_near(model: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("options", [{}, {"nesterov": False}, {"refresh": 2}], ids=str)
-def test_matrices_of_several_shapes_step_as_one_stack_and_each_as_by_itself(options, monkeypatch) -> None:
-    together, optimizer = trained(True, 4, monkeypatch, **options)
-    apart, other = trained(False, 4, monkeypatch, **options)
+WAYS = [
+    (Muon, {}),
+    (Muon, {"nesterov": False}),
+    (Muon, {"refresh": 2}),
+    (BalancedMuon, {"refresh": 2, "damping": 0.3}),
+    (BalancedMuon, {"longest": 1}),  # no roots
+]
+
+
+@pytest.mark.parametrize(("cls", "options"), WAYS, ids=str)
+def test_matrices_of_several_shapes_step_as_one_stack_and_each_as_by_itself(cls, options, monkeypatch) -> None:
+    together, optimizer = trained(True, 4, monkeypatch, cls, **options)
+    apart, other = trained(False, 4, monkeypatch, cls, **options)
     assert num_stacks(optimizer) == 1 < num_stacks(other)
     assert_near(together, apart)
+    for p, q in zip(together.parameters(), apart.parameters(), strict=True):
+        held, alone = optimizer.state[p], other.state[q]
+        assert {key: value.shape for key, value in held.items()} == {key: value.shape for key, value in alone.items()}
+        for key in held:
+            torch.testing.assert_close(held[key], alone[key], atol=2e-5, rtol=1e-4, msg=f"{tuple(p.shape)}: {key}")
 
 
-def test_a_state_goes_from_one_stack_to_several_and_back(monkeypatch) -> None:
+def test_roots_on_the_shorter_side_follow_a_transposition(monkeypatch) -> None:
+    """Where that of the rows and that of the columns are one buffer; a matrix with other roots stays by itself."""
+    ends = []
+    for stack in (stacks.STACK, 0):
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Linear(a, b) for a, b in ((30, 6), (5, 40), (40, 7), (12, 14), (14, 3))])
+        monkeypatch.setattr(stacks, "STACK", stack)
+        optimizer = BalancedMuon(model, longest=5, refresh=2)  # four times as long, since these are small
+        for seed in range(4):
+            give_gradients(model, seed)
+            optimizer.step()
+        ends.append((model, optimizer))
+    (together, optimizer), (apart, other) = ends
+    assert (num_stacks(optimizer), num_stacks(other)) == (2, 4)
+    assert_near(together, apart)
+    turned = optimizer.state[together[1].weight]
+    assert "left_moment" not in turned
+    assert turned["right_moment"].shape == (5, 5)
+
+
+def test_a_run_that_is_to_be_the_same_on_all_numbers_of_ranks_is_not_padded(monkeypatch) -> None:
+    for cls in (Muon, BalancedMuon):
+        model, optimizer = trained(True, 0, monkeypatch, cls)
+        optimizer.param_groups[0]["fused"] = False
+        give_gradients(model, 0)
+        optimizer.step()
+        assert num_stacks(optimizer) > 1
+
+
+@pytest.mark.parametrize(("cls", "options"), [(Muon, {}), (BalancedMuon, {"refresh": 2})], ids=str)
+def test_a_state_goes_from_one_stack_to_several_and_back(cls, options, monkeypatch) -> None:
     """As states of before hold each matrix by itself; and from the same, the next step is the same to the bit."""
-    whole, _ = trained(True, 4, monkeypatch)
+    whole, _ = trained(True, 4, monkeypatch, cls, **options)
     for pads in (True, False):
-        model, other = trained(pads, 3, monkeypatch)
-        resumed, again = trained(True, 0, monkeypatch)
+        model, other = trained(pads, 3, monkeypatch, cls, **options)
+        resumed, again = trained(True, 0, monkeypatch, cls, **options)
         resumed.load_state_dict(model.state_dict())
         again.load_state_dict(other.state_dict())
         give_gradients(resumed, 3)
@@ -108,10 +152,11 @@ def test_a_state_goes_from_one_stack_to_several_and_back(monkeypatch) -> None:
             assert all(map(torch.equal, resumed.parameters(), whole.parameters()))
 
 
+@pytest.mark.parametrize("cls", [Muon, BalancedMuon])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
-def test_what_is_beside_padding_is_skipped_alone(bad: float | None, monkeypatch) -> None:
-    model, optimizer = trained(True, 2, monkeypatch)
-    apart, other = trained(False, 2, monkeypatch)
+def test_what_is_beside_padding_is_skipped_alone(bad: float | None, cls, monkeypatch) -> None:
+    model, optimizer = trained(True, 2, monkeypatch, cls, refresh=2)
+    apart, other = trained(False, 2, monkeypatch, cls, refresh=2)
     before = weight(model, "tall").detach().clone()
     for seed in (2, 3):
         for network, steps in ((model, optimizer), (apart, other)):

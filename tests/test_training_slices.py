@@ -15,8 +15,9 @@ import gramian as gm
 from cases import seeded
 from distributed import run_on_ranks
 from gramian import placement
-from gramian.errors import InputError, UnsupportedError
+from gramian.errors import GramianWarning, InputError, UnsupportedError
 from gramian.training import folder
+from gramian.training.slices import clip_
 
 X = torch.randn(70, 6, generator=seeded(0))
 Y = (X[:, 0] > 0).long()
@@ -27,8 +28,8 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 2)
-        parts = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 8)) for _ in range(2)]
+        self.first, self.head = nn.Linear(6, 9), nn.Linear(9, 2)
+        parts = [nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Dropout(0.2), nn.Linear(9, 9)) for _ in range(2)]
         self.blocks = nn.ModuleList(parts)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,6 +122,24 @@ def test_what_slices_cannot_take() -> None:
     for wrong in wrongs:
         with pytest.raises(InputError, match="slices"):
             gm.train(task(), steps=2, slices=wrong)
+
+
+class Spectral(nn.Sequential):
+    """Whose power iteration is in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.Linear(8, 2))
+
+
+def test_buffers_that_passes_change_are_told() -> None:
+    with pytest.warns(GramianWarning, match=r"changes buffers, 0\.parametrizations\.weight\.0\._u, .* not the same"):
+        gm.train(task(model=Spectral), optimizer="sgd", steps=2, slices=2)
+
+
+def test_clipping_counts_imaginary_parts() -> None:
+    grads = [torch.tensor([3.0, 0.0]), torch.tensor([4.0j])]
+    clip_(grads, 1.0, divided=False)
+    assert grads[1].imag.item() == pytest.approx(0.8, rel=1e-5)
 
 
 def uneven() -> str:

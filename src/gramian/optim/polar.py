@@ -73,16 +73,23 @@ def polar(
     return _of(shape or x.shape[-2:], x.device.type, options)(x, out)
 
 
-def pads(shape: tuple[int, int], device: torch.device, options: Mapping[str, Any]) -> Approach | None:
-    """How small matrices are computed that may be padded with zeros, which changes no more than rounding."""
-    found = _of(shape, device.type, options)
-    small = found.method in FIRST and found.dtype == "float32" and device.type == "cpu" and is_small(*shape)
-    return found if small else None
+def pads(
+    shapes: Sequence[tuple[int, int]], room: tuple[int, int], device: torch.device, options: Mapping[str, Any]
+) -> int | None:
+    """Multiplications in the Gram matrix of each, if matrices of these shapes may be padded to `room` with zeros.
+
+    That is where they are small and computed in one way: it changes no more than rounding then. `None` elsewhere.
+    """
+    if device.type != "cpu" or not all(is_small(*shape) for shape in shapes):
+        return None
+    found = {_of(shape, device.type, options) for shape in shapes}
+    way = found.pop()
+    return min(room) * math.prod(room) if not found and way.method in FIRST and way.dtype == "float32" else None
 
 
-def dtype_of_products(x: Tensor, options: Mapping[str, Any]) -> torch.dtype:
+def dtype_of_products(x: Tensor, options: Mapping[str, Any], shape: tuple[int, int] | None = None) -> torch.dtype:
     """The dtype in which other products with these matrices are as exact as their polar factor, and fast."""
-    dtype = getattr(torch, _of(x.shape[-2:], x.device.type, options).dtype)
+    dtype = getattr(torch, _of(shape or x.shape[-2:], x.device.type, options).dtype)
     return dtype if dtype == torch.bfloat16 else x.dtype
 
 

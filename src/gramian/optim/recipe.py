@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ AdamWPart = Literal["exp_avg", "exp_avg_sq", "exp_avg_sq_weight"]
 """What a buffer can take over from an AdamW: its running mean of the gradients (m, n); of the squares of their entries
 (m, n); or the total weight 1 − β₂^step (1, 1) that the squares have in that mean, which starts at zero."""
 
+Pads = Callable[[Sequence[tuple[int, int]], tuple[int, int], torch.device, Mapping[str, Any]], int | None]
+
 
 @dataclass(frozen=True)
 class StepContext:
@@ -29,6 +31,8 @@ class StepContext:
         due: indices of the matrices whose costly parts are to be recomputed in this step; `None` for all.
         options: the parameter group: the direction's own options and the shared ones.
         shape: (m, n) of the first matrix, which under `Recipe.pads` may be padded; `None` for that of the gradients.
+        sizes: under `Recipe.pads` the numbers of rows and of columns of each matrix without its padding, `(K, 1, 1)`;
+            `None` where none is padded.
     """
 
     alive: Tensor
@@ -36,6 +40,7 @@ class StepContext:
     due: Tensor | None
     options: Mapping[str, Any]
     shape: tuple[int, int] | None = None
+    sizes: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +64,12 @@ class Recipe:
             `refresh` steps are from their present values; `None` where nothing is kept.
         choose: `choose(shapes, device, options)`: what is decided once for the matrices of a group, of these shapes
             (m, n), and kept in the group and its state. It is asked again when options change, with the group itself.
-        pads: `pads(shape, device, options)`: what two shapes have in common whose matrices may be padded with zeros
-            (and transposed) to be one stack, which must not change their state or direction; `None` for no others.
+        pads: `pads(shapes, room, device, options)`: whether matrices of these shapes may be padded with zeros to the
+            shape `room` to be one stack (those of more rows than it has are transposed), which must not change their
+            state or direction. The multiplications in Gram matrices that cost as much as a step of one of them does
+            then; `None` if they may not.
+        sides: under `pads`, by buffer `(K, m, m)` of the rows, that of the columns `(K, n, n)`, whose place it takes
+            where a matrix is transposed.
     """
 
     init: Callable[[Tensor, Mapping[str, Any]], State]
@@ -71,4 +80,5 @@ class Recipe:
     fallbacks: str | None = None
     staleness: Callable[[State, Mapping[str, Any]], Tensor | None] | None = None
     choose: Callable[[Iterable[tuple[int, int]], torch.device, Mapping[str, Any]], Mapping[str, Any]] | None = None
-    pads: Callable[[tuple[int, int], torch.device, Mapping[str, Any]], Hashable] | None = None
+    pads: Pads | None = None
+    sides: Mapping[str, str] = field(default_factory=dict)

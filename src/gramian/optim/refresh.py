@@ -39,15 +39,16 @@ def stagger(stacks: Sequence[Stack], routes: Sequence[Route], refresh: int) -> N
     steps = torch.tensor([-1] * len(costs) if refresh == NEVER else placement.assign(costs, refresh))
     phases = dict(zip(routes, steps.long().split(counts), strict=True))
     for stack in stacks:
-        stack.phases = torch.cat([phases[r] for r in stack.routes])
+        stack.phases = torch.cat([phases[r] for r in stack.routes]).tolist()
 
 
 def due(stack: Stack, group: dict[str, Any]) -> Tensor | None:
     """The indices of the matrices that are new or whose phase this step is; `None` for all."""
     if group["refresh"] == 1:
         return None
-    now = stack.fresh | (stack.phases == group["step"] % group["refresh"])
-    return None if bool(now.all()) else now.nonzero()[:, 0].to(stack.device)
+    step = group["step"] % group["refresh"]
+    now = [i for i, phase in enumerate(stack.phases) if phase == step or i in stack.fresh]
+    return None if len(now) == len(stack.phases) else torch.tensor(now, dtype=torch.long, device=stack.device)
 
 
 class Clock:

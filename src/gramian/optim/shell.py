@@ -190,7 +190,8 @@ class MatrixOptimizer(Saved):
                 if p.grad is not None:
                     self.state.setdefault(p, {})  # on all ranks, which torch.distributed.checkpoint wants
             routes = [self._routes[p] for p in plan.matrices if p in grads or self._pauses(p)]
-            stacks = [Stack(same, lambda m: self._initial(m, group), self.state) for same in self._alike(routes, group)]
+            alike, sides = self._alike(routes, group), self.recipe.sides
+            stacks = [Stack(same, lambda m: self._initial(m, group), self.state, sides) for same in alike]
             for stack in stacks:
                 self.state.update((r.parameter, views) for r, views in zip(stack.routes, stack.views, strict=True))
             stagger(stacks, [self._routes[p] for p in plan.matrices], group["refresh"])
@@ -198,13 +199,16 @@ class MatrixOptimizer(Saved):
         return stacks
 
     def _alike(self, routes: Sequence[Route], group: Mapping[str, Any]) -> list[list[Route]]:
-        """The routes of each stack. Sharded matrices are not padded: which are together depends on the ranks. Nor are
-        any in a run that is to be the same on all numbers of ranks (`fused=False`, as for AdamW's part).
+        """The routes of each stack. Sharded matrices are not padded: which are together depends on the ranks. In a run
+        that is to be the same on all numbers of ranks (`fused=False`, as for AdamW's part) each parameter is a stack:
+        BLAS and LAPACK round a matrix by where it lies in memory.
         """
         found, pads = alike(routes), self.recipe.pads
-        if pads is None or self._sharding or not group.get("fused", True):
+        if not group.get("fused", True):
+            return [[route] for same in found for route in same]
+        if pads is None or self._sharding:
             return found
-        return joined(found, lambda shape, device: pads(shape, device, group))
+        return joined(found, lambda shapes, room, device: pads(shapes, room, device, group))
 
     def _step_stack(self, stack: Stack, group: dict[str, Any], grads: list[Tensor | None], flags: Flags) -> Tensor:
         """The update of the stack's matrices (K, m, n), which is still to be added."""
@@ -221,10 +225,10 @@ class MatrixOptimizer(Saved):
                 bad = None
             limit_(g, stack.state)
         alive = stack.alive if bad is None else (~bad).to(g.dtype)
-        context = StepContext(alive, bad is None, due(stack, group), group, stack.first)
+        context = StepContext(alive, bad is None, due(stack, group), group, stack.first, stack.sizes)
         direction = self.recipe.update(g, stack.state, context)
         if group["refresh"] > 1:
-            stack.fresh.zero_()
+            stack.fresh.clear()
         factors = self._scales(stack, group) * -float(group["lr"])
         if bad is not None:
             factors.mul_(alive)

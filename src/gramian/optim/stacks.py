@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import combinations, compress
 from operator import is_
 from typing import Any
@@ -26,7 +26,10 @@ MAX_BYTES = {"cpu": 6 << 20}
 MAX_BYTES_ELSEWHERE = 256 << 20
 
 STACK = 200_000
-"""Multiplications in Gram matrices that cost as much as what is called for a stack, whatever its size."""
+"""Multiplications, as `Recipe.pads` counts them, that cost as much as what is called for a stack, whatever its size."""
+
+Work = Callable[[Sequence[tuple[int, int]], tuple[int, int], torch.device], int | None]
+"""`Recipe.pads`, with the options of a group."""
 
 
 def alike(routes: Sequence[Route]) -> list[list[Route]]:
@@ -48,43 +51,41 @@ def alike(routes: Sequence[Route]) -> list[list[Route]]:
     return [group for groups in kinds.values() for group in groups]
 
 
-def joined(
-    stacks: Sequence[list[Route]], kind: Callable[[tuple[int, int], torch.device], Hashable]
-) -> list[list[Route]]:
-    """What `alike` found, with stacks of one kind made one where that costs less; `None` stays as it is.
+def joined(stacks: Sequence[list[Route]], work: Work) -> list[list[Route]]:
+    """What `alike` found, with stacks made one where `work` lets them and that costs less.
 
-    Matrices are padded with zeros then, and the tall ones transposed: products with zeros in place of calls.
+    Matrices are padded with zeros then, and those that are too tall transposed: products with zeros in place of calls.
     """
-    found: list[tuple[Hashable, list[Route]]] = []
-    for routes in stacks:
-        views = all(map(_is_reshaped, routes))
-        found.append((kind(_shape(routes[0]), routes[0].parameter.device) if views else None, routes))
+    found: list[tuple[int | None, list[Route]]] = [(_work(routes, work), routes) for routes in stacks]
     while True:
         best: tuple[int, int, int] = (0, 0, 0)
+        whole: int | None = None
         for i, j in combinations(range(len(found)), 2):
-            if found[i][0] is not None and found[i][0] == found[j][0]:
-                best = max(best, (_saved(found[i][1], found[j][1]), -i, -j))
+            (a, some), (b, others) = found[i], found[j]
+            together = None if a is None or b is None else _work([*some, *others], work)
+            if a is None or b is None or together is None:
+                continue
+            if (saved := (STACK + a + b - together, -i, -j)) > best:
+                best, whole = saved, together
         saved, i, j = best
         if not saved:
             return [routes for _, routes in found]
         _, more = found.pop(-j)
-        found[-i][1].extend(more)
+        found[-i] = (whole, [*found[-i][1], *more])
 
 
-def _saved(a: Sequence[Route], b: Sequence[Route]) -> int:
-    """Multiplications that one stack saves, against two; at most zero where it would not do."""
-    routes = [*a, *b]
-    p, other = a[0].parameter, b[0].parameter
-    short, long = _sides(routes)
-    size = sum(map(_number, routes)) * short * long
-    views = all(_number(r) == 1 or _shape(r)[0] == short for r in routes)
-    if (p.dtype, p.device) != (other.dtype, other.device) or not views or 4 * size > MAX_BYTES["cpu"]:
-        return 0
-    return STACK - sum(_multiplications(x, *_sides(routes)) - _multiplications(x, *_sides(x)) for x in (a, b))
-
-
-def _multiplications(routes: Sequence[Route], short: int, long: int) -> int:
-    return sum(map(_number, routes)) * short * short * long
+def _work(routes: Sequence[Route], work: Work) -> int | None:
+    """Multiplications for these matrices as one stack; `None` where that would not do."""
+    p, room = routes[0].parameter, _sides(routes)
+    number, shapes = sum(map(_number, routes)), list(dict.fromkeys(map(_shape, routes)))
+    one = len({(r.parameter.dtype, r.parameter.device) for r in routes}) == 1
+    one = one and p.dtype != torch.float64  # whose users ask for digits, which products in float32 do not round alike
+    views = len(shapes) == 1 or all(_number(r) == 1 or _shape(r)[0] == room[0] for r in routes)
+    fits = 4 * number * math.prod(room) <= MAX_BYTES["cpu"]
+    if not (one and views and fits and all(map(_is_reshaped, routes))):
+        return None
+    each = work(shapes, room, p.device)
+    return None if each is None else number * each
 
 
 def _sides(routes: Sequence[Route]) -> tuple[int, int]:
@@ -99,12 +100,17 @@ class Stack:
     Where they are of several shapes, each is padded with zeros, and transposed if it is too tall.
 
     The state of each parameter is a view of these, of shape `(*its number of matrices, …)`, so that both change
-    together. `fresh` (K,) says which matrices lacked a part of their state before this step. It is `in_order` where
-    each parameter holds its matrices in the order of its entries, so that they are views of the stack in its shape.
+    together. `fresh` says which matrices lacked a part of their state before this step. It is `in_order` where each
+    parameter holds its matrices in the order of its entries, so that they are views of the stack in its shape. `sides`
+    are those of `Recipe`. `sizes` are the numbers of rows and of columns (K, 1, 1), as they lie here, if it is padded.
     """
 
     def __init__(
-        self, routes: Sequence[Route], init: Callable[[Tensor], State], states: Mapping[Tensor, State]
+        self,
+        routes: Sequence[Route],
+        init: Callable[[Tensor], State],
+        states: Mapping[Tensor, State],
+        sides: Mapping[str, str],
     ) -> None:
         self.routes = tuple(routes)
         self.params = [r.parameter for r in routes]
@@ -123,16 +129,17 @@ class Stack:
         self.is_plain = not any(hasattr(r.parameter, "placements") for r in routes)
         self._buffer: Tensor | None = None  # the memory for the gradients, and views of it in the parameters' shapes
         self._shaped: list[Tensor] = []
-        self.fresh = torch.zeros(self.shape[0], dtype=torch.bool)
-        self.phases = torch.zeros(self.shape[0], dtype=torch.long)  # the step of a cycle in which each matrix is due
-        for name, buffer in self.state.items():
-            parts = zip(self.routes, self.views, buffer.split(self.counts), self.fresh.split(self.counts), strict=True)
-            for r, views, view, fresh in parts:
-                own = self._own(r, view)
+        self.sizes = self._sizes() if self.is_padded else None
+        self.fresh: set[int] = set()
+        self.phases = [0] * self.shape[0]  # the step of a cycle in which each matrix is due
+        numbers = torch.arange(self.shape[0]).split(self.counts)
+        for key, buffer in self.state.items():
+            for r, views, part, these in zip(self.routes, self.views, buffer.split(self.counts), numbers, strict=True):
+                name, own = self._held(r, key, part, sides)
                 views[name] = own.view(*_matrices(r)[:-2], *own.shape[1:])
                 known = states.get(r.parameter, {}).get(name)
                 if known is None:
-                    fresh.fill_(True)
+                    self.fresh.update(these.tolist())
                 elif known.shape != views[name].shape:
                     raise InputError(
                         f"the state {name!r} of {r.name!r} has shape {tuple(known.shape)}, but this optimizer with its "
@@ -172,7 +179,26 @@ class Stack:
         if not self.is_padded:
             return part
         m, n = _shape(r)
-        return (part.mT if m > self.shape[1] else part)[:, :m, :n]
+        return (part.mT if self._turns(r) else part)[:, :m, :n]
+
+    def _turns(self, r: Route) -> bool:
+        """Whether a parameter's matrices lie here transposed."""
+        return self.is_padded and _shape(r)[0] > self.shape[1]
+
+    def _held(self, r: Route, name: str, part: Tensor, sides: Mapping[str, str]) -> tuple[str, Tensor]:
+        """The name by which a parameter holds its part of a buffer (K, …), and what of that is not padding."""
+        of_rows, of_columns = name in sides, name in sides.values()
+        if not self.is_padded or not (of_rows or of_columns):
+            return name, self._own(r, part)
+        if self._turns(r):
+            of_rows, name = not of_rows, ({**sides} | {right: left for left, right in sides.items()})[name]
+        size = _shape(r)[0 if of_rows else 1]
+        return name, part[:, :size, :size]
+
+    def _sizes(self) -> tuple[Tensor, Tensor]:
+        shapes = [_shape(r)[::-1] if self._turns(r) else _shape(r) for r in self.routes]
+        rows, columns = torch.tensor(shapes, dtype=self.dtype, device=self.device).unbind(1)
+        return self.repeated(rows), self.repeated(columns)
 
     def _scratch(self) -> Tensor:
         found = scratch("stack", self.shape, self.dtype, self.alive)

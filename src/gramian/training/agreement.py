@@ -206,6 +206,9 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any, shares: Sequ
         raise _alike(
             TaskError("train: the ranks drew different batches. Draw everything random in them from the generator")
         )
+    if num_shares > placement.world().size:  # slices, since a whole batch may need more memory than there is
+        most = max(-(-max(len(t) for t in tensors(batch)) // num_shares), 2 * num_shares)
+        batch = mapped(batch, lambda t: t[:most], _not_rows)
     whole, own = (torch.zeros(()), 0.0), (torch.zeros((), dtype=torch.float64), 0.0)
     with evaluating(model), torch.no_grad():
         with failure.caught():
@@ -216,13 +219,14 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any, shares: Sequ
                 own = (own[0] + loss.double(), own[1] + units) if has_rows(batch, share) else own
         total, counted = sums(*own, None if not placement.is_distributed() else failure)
     loss, units = float(whole[0]), whole[1]
-    known = math.isfinite(total) and math.isfinite(loss)  # else the step is skipped
-    if not math.isclose(counted, units, rel_tol=1e-5) or (known and not math.isclose(total, loss, rel_tol=ROUNDING)):
+    differs = math.isfinite(loss) and not math.isclose(total, loss, rel_tol=ROUNDING)  # else the step is skipped
+    if placement.any_rank(differs or not math.isclose(counted, units, rel_tol=1e-5)):
         raise _alike(
             UnsupportedError(
                 f"train: the loss of a batch, {loss:.6g} over {units:g} units, is not the sum over its rows, "
                 f"{total:.6g} over {counted:g}, so that {num_shares} shares cannot divide it. Train in one process "
-                "without slices, or put the samples in the first dimension"
+                "without slices; or put the samples in the first dimension, and let the loss draw nothing at random "
+                "and depend on nothing that a pass changes (running statistics)"
             )
         )
 
@@ -279,17 +283,24 @@ def add_gradients(model: nn.Module, failure: Failure, held: Mapping[Tensor, Tens
     """
     params = [p for p in model.parameters() if p.requires_grad]
     own = {p: p.grad for p in params if p.grad is not None} if held is None else held
+    if placement.is_distributed() and any(g.layout is not torch.strided for g in own.values()):
+        own = {p: g.to_dense() for p, g in own.items()}
     if placement.is_distributed():
         known = torch.tensor([failure.error is not None, *(p in own for p in params)], dtype=torch.int64)
         placement.all_reduce_sum([known])
         failed, *counts = known.tolist()
         failure.tell(failed > 0)
         params = [p for p, count in zip(params, counts, strict=True) if count]
-        kind = None if held is None else torch.float64
-        own = {p: torch.zeros_like(p, dtype=kind) if p not in own else own[p] for p in params}
-        placement.all_reduce_sum(own.values())
+        own = {p: _zeros(p, wide=held is not None) if p not in own else own[p] for p in params}
+        placement.all_reduce_sum(torch.view_as_real(t) if t.is_complex() else t for t in own.values())
     for p, total in own.items():
         p.grad = total.to(p.dtype)
+
+
+def _zeros(p: Tensor, *, wide: bool) -> Tensor:
+    """Zeros in place of a gradient that this rank has not."""
+    kind = torch.complex128 if p.is_complex() else torch.float64
+    return torch.zeros_like(p, dtype=kind if wide else None, memory_format=torch.contiguous_format)
 
 
 def _not_rows(value: Any) -> Any:
@@ -297,6 +308,6 @@ def _not_rows(value: Any) -> Any:
     if value is None:
         return value
     raise UnsupportedError(
-        f"train: ranks can divide a batch of tensors in tuples, lists, mappings and dataclasses; this one has a "
-        f"{type(value).__name__}. Train in one process"
+        f"train: ranks and slices divide a batch of tensors in tuples, lists, mappings and dataclasses; this one has a "
+        f"{type(value).__name__}. Train in one process without slices"
     )

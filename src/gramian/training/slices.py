@@ -8,15 +8,16 @@ not matter.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramian import placement
-from gramian.errors import InputError
-from gramian.recording.keeping import seeded
+from gramian.errors import GramianWarning, InputError, some
+from gramian.recording.keeping import seed_all
 from gramian.training.agreement import Share
 
 __all__ = ["Slices", "check_slices", "clip_"]
@@ -45,17 +46,27 @@ class Slices:
         rank, size = placement.world()
         self.shares = [Share(i, number) for i in range(rank, number, size)]
         self.sums: dict[Tensor, Tensor] = {}
-        self._seed = seed
+        self._model, self._seed = model, seed
         self._params = list(model.parameters())
         self._divided: list[Any] = [m for m in model.modules() if hasattr(m, "set_requires_gradient_sync")]
 
-    def seeded(self, share: Share, position: tuple[int, int]) -> AbstractContextManager[None]:
-        """A context whose random numbers depend on the slice and its batch, of epoch and number, alone."""
+    def seed(self, share: Share, position: tuple[int, int]) -> None:
+        """Let the random numbers of a pass depend on the slice and its batch, of epoch and number, alone."""
         # A polynomial in a prime: two slices of a run meet only by chance, of 1 in 2**63.
         value = self._seed
         for part in (*position, share.number):
             value = (value * 6364136223846793005 + part + 1) % (2**63 - 25)
-        return seeded(value)
+        seed_all(value)
+
+    def warn_of(self, changed: Sequence[Tensor]) -> None:
+        """Warn of buffers that passes change: each process changes its own, as often as it has slices."""
+        names = [name for name, buffer in self._model.named_buffers() if any(buffer is one for one in changed)]
+        warnings.warn(
+            f"train: the forward pass changes buffers, {some(names)}, once for each slice and on each process by "
+            "itself, so that the run is not the same on other numbers of processes",
+            GramianWarning,
+            stacklevel=2,
+        )
 
     def begin(self) -> None:
         """Forget the sums of the step before."""
@@ -82,7 +93,9 @@ def clip_(grads: list[Tensor], most: float, *, divided: bool) -> None:
 
     As torch's `clip_grad_norm_`, but with the norm in float64, which is the same however the gradients are divided.
     """
-    square = sum((g.double().square().sum() for g in grads), torch.zeros((), dtype=torch.float64))
+    wide = {True: torch.complex128, False: torch.float64}
+    norms = [torch.linalg.vector_norm(g, dtype=wide[g.is_complex()]) for g in grads]
+    square = sum((norm.square() for norm in norms), torch.zeros((), dtype=torch.float64))
     if divided:
         placement.all_reduce_sum([square])
     share = most / (float(square) ** 0.5 + 1e-6)

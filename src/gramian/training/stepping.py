@@ -16,6 +16,7 @@ from gramian.calls import prepared
 from gramian.errors import TaskError, some
 from gramian.inspection.live.gradients import all_finite
 from gramian.objective import Objective
+from gramian.recording.keeping import kept_random
 from gramian.training import agreement
 from gramian.training.augmentation import augmented, mixed
 from gramian.training.direct import forget_gradients, step_of
@@ -189,20 +190,23 @@ class Stepper:
         batch, loss, units = None, 0.0, 0.0
         try:
             batch, seed = self._batch_of(stream)
-            for share in slices.shares:
-                weight = float(agreement.has_rows(batch, share))
-                if not (weight or self.divided):
-                    continue
-                slices.expect(last=last and share is slices.shares[-1])
-                with slices.seeded(share, (stream.epoch, stream.taken)):
+            with kept_random():
+                for share in slices.shares:
+                    weight = float(agreement.has_rows(batch, share))
+                    if not (weight or self.divided):
+                        continue
+                    slices.expect(last=last and share is slices.shares[-1])
+                    slices.seed(share, (stream.epoch, stream.taken))
                     own, count = self._loss(batch, seed, share)
                     if count or self.divided:
                         if not own.requires_grad:
                             raise self._without_gradient()
                         with calling(self.task, "the backward pass"):
                             _backward(own, self._gradient_of(own, weight * self.scale.value))
-                loss, units = loss + weight * own.item(), units + weight * count
-                slices.add()
+                    loss, units = loss + weight * own.item(), units + weight * count
+                    slices.add()
+            if changed := self._buffers.changed() if stream.epoch == 0 and stream.taken == 1 else []:
+                slices.warn_of(changed)
         except BaseException as error:
             self._caught(error)
         return self._sums(stream, batch, torch.tensor(loss, dtype=torch.float64), units, slices.shares)
@@ -306,6 +310,10 @@ class _Buffers:
         self._running = {buffer for module in norms for buffer in module.buffers()}
         self._kept: dict[Tensor, Tensor] = {}
         self._seen: dict[Tensor, int] = {}
+
+    def changed(self) -> list[Tensor]:
+        """Those that the first step has changed so far."""
+        return [buffer for buffer, copy in self._kept.items() if not torch.equal(buffer, copy)]
 
     def note(self) -> None:
         """Keep copies of those that the last step changed; of all at first."""
