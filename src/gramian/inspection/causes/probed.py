@@ -59,7 +59,7 @@ def affine(context: Context) -> Iterator[Finding]:
             cause="The nonlinear branches started at zero, and have opened by a few steps so far."
             if opening
             else "No activation function stands between the layers, or each acts where it is linear.",
-            advice="" if is_opening else "Put an activation function between the layers: nn.ReLU() or nn.GELU().",
+            advice="" if opening else "Put an activation function between the layers: nn.ReLU() or nn.GELU().",
         )
 
 
