@@ -19,6 +19,7 @@ from gramian.calls import as_model
 from gramian.errors import GramianError, InputError
 from gramian.inspection.causes import CAUSES, Context
 from gramian.inspection.causes.data import labels_in_range, lost_labels
+from gramian.inspection.causes.growing import opening_matrices
 from gramian.inspection.causes.guessing import far_above_guessing
 from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.experiments.adapting import moved_by_steps
@@ -262,6 +263,7 @@ def _measure_signal(
         except Exception as error:  # an optimizer that cannot be copied, or a step that fails
             measured.skipped |= {STEPS: in_words(error)}
     measured.has_learned = context.has_learned
+    measured.opening = opening_matrices(context)
     for rule in CAUSES:
         try:
             found += rule(context)

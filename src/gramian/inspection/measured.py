@@ -30,6 +30,7 @@ class Measured:
         entries: parameters that meet other values entry by entry, and are no matrices whatever their shape.
         is_satisfied: whether the loss is exactly zero, and has another value or a slope with other outputs: there is
             nothing left to learn from the batch, so that gradients are zero.
+        opening: parameters that started at zero and have made a few steps, so that little passes them so far.
         has_learned: whether the loss is far below that of an output that is the same for all samples.
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
         varies: whether outputs are known to differ between samples.
@@ -53,6 +54,7 @@ class Measured:
     gains: dict[str, Gain | None] = field(default_factory=dict)
     jacobian: tuple[float, ...] = ()
     is_satisfied: bool = False
+    opening: frozenset[str] = frozenset()
     has_learned: bool = False
     is_chain: bool = True
     waiting: frozenset[str] | None = None

@@ -223,21 +223,24 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
     if 1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO:
         return
     vanishes = ratio < 1
+    opens = vanishes and bool(measured.opening)
     unmoved = [layer for layer in sized if (layer.gradient_rms or 0.0) < ADAMW_EPS]
     evidence = f"root mean square{_positions(measured, sized)} {first:.1e} at {start.name}, {last:.1e} at {end.name}"
     if unmoved:
         evidence += f"; below AdamW's ε = 1e-8 in {len(unmoved)} of {len(sized)} layers, which AdamW hardly moves"
     yield Finding(
         "gradient-vanishes" if vanishes else "gradient-explodes",
-        "error" if unmoved or not vanishes else "warning",
+        "info" if opens else "error" if unmoved or not vanishes else "warning",
         f"The gradient at the first layer is {ratio:.0e} times the last layer's"
         if ratio
         else "The gradient at the first layer is zero",
         where="all layers",
         evidence=evidence,
-        cause=f"The product of the layers' Jacobians {'shrinks' if vanishes else 'grows'} with every layer.",
-        action=ISOMETRIC,
-        advice="Then train with gm.optim.Muon, whose steps do not shrink with the gradient.",
+        cause="A matrix before the end started at zero, and has opened by a few steps so far."
+        if opens
+        else f"The product of the layers' Jacobians {'shrinks' if vanishes else 'grows'} with every layer.",
+        action=None if opens else ISOMETRIC,
+        advice="" if opens else "Then train with gm.optim.Muon, whose steps do not shrink with the gradient.",
         source="Hochreiter 1991; Pascanu et al. 1211.5063",
     )
 

@@ -55,7 +55,7 @@ class Context:
     """A model, what a few training steps and a pass in evaluation mode showed, and its optimizer's steps on a copy.
 
     Rules put into `skipped` what they could not judge, and why, and into `asleep` the parameters of rectified units
-    that are never active and may still wake.
+    that are never active and may still wake. `began_at_zero` are those that were zero when a watch began.
     """
 
     model: nn.Module
@@ -72,6 +72,7 @@ class Context:
     layers: list[Layer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     asleep: set[str] = field(default_factory=set)
+    began_at_zero: frozenset[str] = frozenset()
 
     @cached_property
     def matrices(self) -> list[Block]:
@@ -118,6 +119,20 @@ class Context:
             return float(output.std(0).amax()) <= EQUAL * float(output.abs().amax())
         calls = self.observed.calls
         return bool(calls) and calls[-1].output.between <= EQUAL * calls[-1].output.rms
+
+    @cached_property
+    def last(self) -> frozenset[str]:
+        """Matrices on which the input of no module with parameters depends; the head, where that was not looked at.
+
+        Of those that are zero or small alone, where `opening` says which.
+        """
+        if self.opening is not None:
+            return self.opening.last
+        owners = [self.module_of(b.name) for b in self.matrices]
+        alone = {b.name for b, owner in zip(self.matrices, owners, strict=True) if owners.count(owner) == 1}
+        leading = self.observed.leading  # in a module with several, one may lead to another
+        last = set() if leading is None else alone & set(self.observed.used) - leading
+        return frozenset(last.union(b.name for b in self.matrices if b.role == "head"))
 
     @cached_property
     def is_blocked(self) -> bool:

@@ -80,6 +80,9 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("labels-imbalanced",),
 )
 
+# The rank behind the causes in data and in losses.
+_BEHIND_LOSSES = next(i for i, codes in enumerate(_ORIGINS) if "graph-cut" in codes) - 0.5
+
 # What a finding makes true elsewhere: these are told as following from the first of the causes that is there.
 SYMPTOMS = frozenset(
     [
@@ -98,8 +101,9 @@ SYMPTOMS = frozenset(
 _UNITS = frozenset((
     "norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth", "head-input-offset",
 ))  # fmt: skip
-# What units that do not act cannot make.
+# What units that do not act, and weights that are alike or small, cannot make.
 _NOT_FINITE = frozenset(("loss-non-finite", "non-finite-input", "non-finite-gradient"))
+_ALIKE = frozenset(("parameter-constant", "parameter-rank-one", "parameter-scale-small"))
 _GAINS = frozenset(_GAIN)
 # What reading the state behind long padding makes.
 _FORGOTTEN = frozenset(("gradient-underflow", "samples-indistinguishable", "gradient-vanishes", "jacobian-vanishes"))
@@ -163,6 +167,12 @@ def _rank(finding: Finding) -> float:
     return float(len(_ORIGINS))
 
 
+def _place(finding: Finding) -> float:
+    """The rank among what is told: a loss that is not finite, and follows from nothing, hides all but a wrong loss."""
+    is_first = finding.code == "loss-non-finite" and not finding.follows
+    return min(_rank(finding), _BEHIND_LOSSES) if is_first else _rank(finding)
+
+
 def ordered(found: Iterable[Finding]) -> list[Finding]:
     """Findings by severity and origin, one for each code, the first; what follows from a cause becomes information.
 
@@ -185,7 +195,7 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
     grave = {root.code for code, root in roots.items() if unique[code].severity == "error"}
     result = [following(f, roots.get(f.code)) for f in all_of]
     result = [replace(f, severity="error") if f.code in grave and f.severity == "warning" else f for f in result]
-    return sorted(result, key=lambda f: (SEVERITIES.index(f.severity), _rank(f)))
+    return sorted(result, key=lambda f: (SEVERITIES.index(f.severity), _place(f)))
 
 
 def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Finding | None:
@@ -224,7 +234,7 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         return next((c for c in causes if c.code in _SIGNAL and c.where == finding.where), None)
     if finding.code in SYMPTOMS | _UNITS:
         among = [c for c in causes if finding.code != "residual-growth" or c.code not in _BESIDE]
-        among = [c for c in among if finding.code not in _NOT_FINITE or c.code not in _UNITS]
+        among = [c for c in among if finding.code not in _NOT_FINITE or c.code not in _UNITS | _ALIKE]
         if finding.code == "loss-non-finite" and _is_pole(finding):
             among = [c for c in among if c.code not in _SIZES_OF_DATA]
     elif finding.code in _GAINS:

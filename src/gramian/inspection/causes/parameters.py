@@ -10,6 +10,7 @@ from torch import Tensor
 from gramian.block import Block
 from gramian.errors import some
 from gramian.inspection.causes.context import ONE, SHOWN, Context
+from gramian.inspection.causes.growing import grows_from_zero
 from gramian.inspection.causes.sizes import (
     LARGEST,
     RATIO,
@@ -53,10 +54,9 @@ def degenerate(context: Context) -> Iterator[Finding]:
     """Find matrices that are zero, constant or of rank one, and through which the output loses the input. Exact.
 
     A parameter that meets other values entry by entry is no matrix, whatever its shape: that of a state space model
-    starts with equal rows, and a gain at one.
+    starts with equal rows, and a gain at one. Nor does one do harm on which the loss does not depend.
     """
     values = list(context.values())
-    last = context.opening.last if context.opening is not None else {b.name for b, _ in values if b.role == "head"}
     blocking = context.probes.blocking
     zero, constant, single = [], [], []
     for block, w in values:
@@ -64,11 +64,18 @@ def degenerate(context: Context) -> Iterator[Finding]:
             continue
         is_matrix = block.name not in context.observed.entries
         if not bool(w.any()):
-            if block.name not in last and (block.name in blocking if blocking else context.is_blocked):
+            if block.name not in context.last and (block.name in blocking if blocking else context.is_blocked):
                 zero.append(block.name)
+        elif context.parameters[block.name].requires_grad and context.observed.gradients.get(block.name, 0.0) is None:
+            continue
         elif is_matrix and bool((w == w.flatten()[0]).all()) and len(w) > 1:
             constant.append(block.name)
-        elif is_matrix and block.name in context.rank_one and not _is_far(block, w):
+        elif (
+            is_matrix
+            and block.name in context.rank_one
+            and not _is_far(block, w)
+            and not grows_from_zero(context, block.name, w)
+        ):
             single.append(block.name)
     if zero:
         yield Finding(
@@ -130,7 +137,7 @@ def embedding_scale(context: Context) -> Iterator[Finding]:
     for block, w in context.values():
         if block.role == "embedding":
             rms = float(w.float().square().mean().sqrt())
-            lost = 0 < rms < SMALL_EMBEDDING and not context.is_normed(block)
+            lost = 0 < rms < SMALL_EMBEDDING and not context.is_normed(block) and _leads_on(context, block)
             if lost or EMBEDDING < rms < math.inf:
                 odd.append((block.name, rms))
     tied = _tied(context)
@@ -159,6 +166,14 @@ def embedding_scale(context: Context) -> Iterator[Finding]:
             else "It is lost beside what is added to it, positions and biases, so that all tokens look the same.",
             advice=f"Draw it anew with a standard deviation of 0.02: torch.nn.init.normal_ of {name}.",
         )
+
+
+def _leads_on(context: Context, block: Block) -> bool:
+    """Whether layers take the rows of a table, which has no values compared with it: a codebook follows its inputs."""
+    used, call = context.observed.used, context.first_calls.get(context.module_of(block.name))
+    order = used.get(block.name, math.inf)
+    is_code = call is not None and order < call.order - 1  # taken before it is looked up
+    return not is_code and any(b.role == "hidden" and used.get(b.name, 0) > order for b in context.matrices)
 
 
 def _tied(context: Context) -> tuple[str, float] | None:
@@ -205,7 +220,9 @@ def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
     """Whether a matrix is unlike the others by its entries and by what it did to the signal, and no norm repairs it."""
     if SMALLEST < size < LARGEST or abs(math.log(size / middle)) <= math.log(RATIO):
         return False
-    is_last = block.role == "head" or (context.opening is not None and block.name in context.opening.last)
+    is_last = block.role == "head" or block.name in context.last
+    if size < 1 and grows_from_zero(context, block.name, context.parameters[block.name].detach()):
+        return False
     if (
         size > 1 and cell_of(block) and (ends := _ends(context, block))
     ):  # its states have no gain, whatever is behind it

@@ -10,6 +10,7 @@ from gramian.batch import main_input
 from gramian.errors import some
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
+from gramian.inspection.causes.growing import opening_matrices
 from gramian.inspection.causes.stepping import steps
 from gramian.inspection.experiments.endless import FAR, NEAR
 from gramian.inspection.experiments.ordering import are_in_order, as_set, without_order
@@ -47,15 +48,18 @@ def affine(context: Context) -> Iterator[Finding]:
     """Find several layers that are one affine map. Measured on real inputs."""
     if context.probes.is_affine:
         used = [b.name for b in context.matrices if b.name in context.observed.used]
+        opening = opening_matrices(context)
         yield Finding(
             "no-nonlinearity",
-            "warning",
+            "info" if opening else "warning",
             f"The network is an affine map: its {len(used)} matrices do what one does",
             where="all layers",
             evidence="the output for a mixture of two inputs is the mixture of their outputs, up to rounding, for "
             "samples of the first batch in evaluation mode",
-            cause="No activation function stands between the layers, or each acts where it is linear.",
-            advice="Put an activation function between the layers: nn.ReLU() or nn.GELU().",
+            cause="The nonlinear branches started at zero, and have opened by a few steps so far."
+            if opening
+            else "No activation function stands between the layers, or each acts where it is linear.",
+            advice="" if opening else "Put an activation function between the layers: nn.ReLU() or nn.GELU().",
         )
 
 

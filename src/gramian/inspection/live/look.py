@@ -86,6 +86,7 @@ class Looker:
         self._before: dict[str, Tensor] = {}
         self._found: list[Finding] = []
         self.is_puzzled = False
+        self._zero: frozenset[str] | None = None  # matrices that are zero at the first look
         self._asked: set[str] = set()  # codes for which a full look was asked for
         self._first: dict[str, float] = {}  # norms of matrices at the first look
         self._usual: set[str] = set()  # codes that were found while no rate had grown
@@ -157,7 +158,11 @@ class Looker:
         self.is_settled = self.is_settled or _is_settled(self.root)
         rules = [rule for rule in EVERY_LOOK if self.is_settled or rule is not norm_statistics]
         context = self._context(seen, passes)
-        state = norms({n: p for n, p in self.parameters.items() if p.ndim >= 2}), context.has_constant_output
+        sizes = norms({n: p for n, p in self.parameters.items() if p.ndim >= 2})
+        if self._zero is None:
+            self._zero = frozenset(n for n, size in sizes.items() if size == 0.0)
+        context.began_at_zero = self._zero
+        state = sizes, context.has_constant_output
         if self._judged is None or _has_changed(self._judged, state):
             rules += [shared, *PARAMETERS]
             self._judged = state

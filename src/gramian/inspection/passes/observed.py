@@ -287,6 +287,7 @@ class Observed:
         added: names of parameters that are added to something.
         multiplied, by_entry: names of parameters whose values a product takes as a matrix, and of those that meet
             other values entry by entry.
+        scaling: names of parameters of a shape that multiply each other entry by entry, before a product takes them.
         visible: keys that attention sees, where it has a mask.
         gradients: root mean square of the loss's gradient by parameter; `None` where it does not reach the parameter.
         zero_gradients: share of exact zeros in it.
@@ -322,6 +323,8 @@ class Observed:
         first_infinite_derivative: module and operation that made the first gradient that is not finite.
         labels: smallest and largest label, and the number of classes, of the first batch.
         error: what the loss raised, where the labels explain it; then nothing else was watched.
+        leading: in a pass of the user's own, parameters on which the input of a module with parameters depends; else
+            `None`.
         branch_ends: modules whose output is an operand of a residual addition.
         needs_gradient: whether the loss does.
         ungraded_labels: classes of the first cross-entropy's targets no unit of which has a gradient: how many units
@@ -344,6 +347,7 @@ class Observed:
     added: set[str] = field(default_factory=set)
     multiplied: set[str] = field(default_factory=set)
     by_entry: set[str] = field(default_factory=set)
+    scaling: set[str] = field(default_factory=set)
     gates: list[Gate] = field(default_factory=list)
     weighing: set[int] = field(default_factory=set)
     draws: list[Draw] = field(default_factory=list)
@@ -384,6 +388,7 @@ class Observed:
     first_non_finite: tuple[str, str] | None = None
     first_infinite_derivative: tuple[str, str] | None = None
     branch_ends: set[str] = field(default_factory=set)
+    leading: set[str] | None = None
     needs_gradient: bool = True
     ungraded_labels: dict[int, tuple[int, int, float]] = field(default_factory=dict)
     zero_derivatives: tuple[int, ...] = ()
@@ -395,5 +400,5 @@ class Observed:
 
     @property
     def entries(self) -> frozenset[str]:
-        """Parameters that meet other values entry by entry, and that no product takes as a matrix."""
-        return frozenset(self.by_entry - self.multiplied)
+        """Parameters that meet other values entry by entry, and that no product takes as a matrix as they are."""
+        return frozenset((self.by_entry - self.multiplied) | self.scaling)

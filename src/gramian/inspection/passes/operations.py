@@ -111,7 +111,7 @@ class Operations:
         if not self.live:
             self.heads.see(func, args, kwargs, given, made)
             self.over_queries.see(name, func, args, kwargs, given, made)
-            self.elementwise.see(self.seen, func, given, made)
+        self.elementwise.see(self.seen, func, args, given, made)
         self.gating.see(name, order, func, args, kwargs, given, made)
         if func in DROPOUTS and not self.live:
             self.seen.dropouts[name] = max(share_dropped(func, args, kwargs), self.seen.dropouts.get(name, 0.0))

@@ -20,6 +20,7 @@ from gramian.batch import mapped
 from gramian.inspection.passes.draws import Draws
 from gramian.inspection.passes.following import Follower
 from gramian.inspection.passes.given import key
+from gramian.inspection.passes.leading import Leading
 from gramian.inspection.passes.losses import ends_of, see_loss, see_pull, shifted
 from gramian.inspection.passes.moments import as_moments, first_float, packed, squares, version
 from gramian.inspection.passes.observed import Call, Cut, Ends, Observed
@@ -67,6 +68,8 @@ class Watcher(Follower):
         self.measured: dict[int, tuple[int, tuple[Tensor, Tensor]]] = {}  # with the tensor's version
         self.draws = Draws(seen, self.names)
         self.operations = Operations(seen, self.names, self._read, self._squares, live=live)
+        self.leading = Leading(self.names)
+        seen.leading = self.leading.found if live else None
         self.alive: dict[int, ref[Tensor]] = {}  # what tables know by its id
         self.num_derivatives = 0
         self.strange: list[Tensor] = []  # kept, so that no id is used twice
@@ -90,11 +93,14 @@ class Watcher(Follower):
             self.raw.clear()
             self.operations.clear()
             self.draws.clear()
+            self.leading.clear()
             self.ended = None
 
     def entered(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
             self.seen.ungraded.add(name)
+        if self.live:
+            self.leading.lead(tensors_of((*args, *kwargs.values())), module)
         if not name:
             self.held -= {id(t) for t in tensors_of((*args, *kwargs.values()))}
         if not name and not self.live and not self.careful:
@@ -270,6 +276,7 @@ class Watcher(Follower):
             self._differentiated(kwargs, output)
         if made is None:
             self.operations.gating.divided(func, given, output)
+            self.operations.elementwise.see(self.seen, func, args, given, output)
             return
         if not self.live:
             self.draws.see(name, self.order, func, given, made, is_loss=not self.stack)

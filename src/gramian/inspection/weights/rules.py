@@ -43,6 +43,9 @@ ZERO_SHARE, UNDERFLOW_SHARE = 0.1, 0.01
 # Share of the parameters that two factors with 99 % of the energy must save to be reported.
 SAVING = 0.3
 
+# Singular values of a mirrored isometry differ by less than this share.
+EQUAL = 1e-4
+
 # A network counts as trained if this share of its matrices has structure above noise.
 TRAINED = 0.5
 
@@ -230,7 +233,7 @@ def dominant_direction(measured: Measured) -> Iterator[Finding]:
         for layer in measured.layers
         if layer.role == "hidden"
         and not is_product(layer)
-        and layer.name.partition("[")[0] not in measured.entries
+        and layer.name.partition("[")[0] not in measured.entries | measured.opening
         and layer.stable_rank
         and min(layer.shape) >= DOMINANT_SIDE
         and layer.stable_rank < 1 / DOMINANT
@@ -280,12 +283,22 @@ def _possible(layer: Layer) -> int:
     return min(rows - 1 if is_padded else rows, columns)
 
 
+def _is_mirrored(layer: Layer, rank: int) -> bool:
+    """Whether half of the singular values are equal, and the others zero: [[Q, -Q], [-Q, Q]] of a network of ReLUs."""
+    sigma = layer.singular_values
+    return 2 * rank == len(sigma) and sigma[0] <= (1 + EQUAL) * sigma[rank - 1]
+
+
 def low_rank(measured: Measured) -> Iterator[Finding]:
     """Find matrices of lower rank than their shape allows, and those that two factors would store in less memory."""
     kept = [layer for layer in measured.layers if layer.name.partition("[")[0] not in measured.entries]
     layers = [layer for layer in kept if not is_product(layer)]  # their factors are stored already
     ranks = {layer.name: rank_beyond_chance(layer) for layer in layers if layer.spectral_norm}
-    low = [layer for layer in layers if (rank := ranks.get(layer.name)) and rank < _possible(layer)]
+    low = [
+        layer
+        for layer in layers
+        if (rank := ranks.get(layer.name)) and rank < _possible(layer) and not _is_mirrored(layer, rank)
+    ]
     if low:
         worst = min(low, key=lambda layer: (ranks[layer.name] or 0) / min(layer.shape))
         yield Finding(
