@@ -51,6 +51,19 @@ def test_a_matrix_that_grows_from_zero_is_no_fault(rate: float) -> None:
                 assert not told(gm.inspect(model, BATCHES, entropy, optimizer=optimizer)), step
 
 
+def test_a_watch_knows_what_was_zero_when_it_began() -> None:
+    torch.manual_seed(0)
+    model = Branch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gm.watch(model, optimizer, every=1, share=None) as watched:
+        for _ in range(4):
+            entropy(model, BATCHES[0]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert bool(model.up.weight.any())
+    assert not told(watched) & {"parameter-scale-small", "parameter-rank-one"}
+
+
 def test_a_matrix_that_was_drawn_small_is_told() -> None:
     torch.manual_seed(0)
     model = Branch(1e-3)
