@@ -367,3 +367,23 @@ def test_equal_samples_vary_by_nothing() -> None:
     x = 1e3 + draw(301, 7)
     for found, wanted in zip(_spread(x.clone()), torch.var_mean(x.double(), 0, correction=0), strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_columns_of_categories_are_reversed_in_their_own_ranges() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = nn.ModuleList(nn.Embedding(num, 4) for num in (12, 2, 30))
+            self.out = nn.Linear(7, 2)
+
+        def forward(self, x: Tensor, columns: Tensor) -> Tensor:
+            unused = sum(table(columns[:, i]) for i, table in enumerate(self.tables))
+            return self.out(torch.cat([x, 0 * unused], 1))
+
+    torch.manual_seed(0)
+    columns = torch.stack([torch.randint(num, (64,)) for num in (12, 2, 30)], 1)
+    report = gm.inspect(
+        Network(), [((torch.randn(64, 3), columns), torch.randint(2, (64,)))], gm.Objective.classification()
+    )
+    assert "whether each input has an effect" not in report.not_looked_at
+    assert any(finding.code == "input-unused" for finding in report.findings)

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
+from gramian.batch import mapped
 from gramian.compression import compress
 from gramian.compression.budget.filling import Candidates, fill, uniform
 from gramian.compression.budget.points import Point, measured_points
 from gramian.compression.budget.predicting import predict
 from gramian.compression.calibration.calibrating import Measure, calibrate, redrawn
+from gramian.compression.calibration.reading import hashes
 from gramian.compression.calibration.shrinkage import roots, shrunk
 from gramian.errors import GramianWarning, InputError
 from gramian.gram import Gram
@@ -549,3 +551,11 @@ def test_batches_and_objective_may_stand_in_their_places() -> None:
     named = gm.compress(model, batches=batches, objective=objective, keep=0.7)
     assert gm.compress(model, batches, objective, keep=0.7).ranks == named.ranks
     assert gm.narrow(model, batches, objective).kept == {"2": 16}
+
+
+def test_samples_are_compared_by_all_that_they_hold() -> None:
+    user, item = torch.arange(8).repeat_interleave(4), torch.arange(4).repeat(8)
+    for batch in ({"user": user, "item": item}, ((user, item), torch.ones(32)), (user, item, torch.ones(32))):
+        assert len(set(hashes(batch, 0))) == 32
+        again = mapped(batch, lambda t: t[:2].repeat(16))
+        assert len(set(hashes(again, 0))) == 2

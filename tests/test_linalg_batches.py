@@ -216,3 +216,15 @@ def test_a_batch_of_larger_matrices_is_inverted_on_more_than_one_thread():
     assert torch.allclose(value @ m, torch.eye(200, dtype=torch.float64).expand(3, -1, -1), atol=1e-8)
     assert proof.converged.all()
     assert torch.allclose(radius, torch.linalg.eigvals(m).abs().amax(-1))
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [("expm", "defined for these alone"), ("logm", "defined for these alone"), ("inv", r"gm\.linalg\.pinv"),
+     ("sign", r"gm\.linalg\.polar"), ("sqrtm", "Gram matrix")],
+)  # fmt: skip
+def test_a_rectangle_and_a_vector_are_refused_in_plain_words(function: str, told: str) -> None:
+    with untyped(), pytest.raises(ShapeError, match=told):
+        getattr(gl, function)(torch.ones(2, 3))
+    with untyped(), pytest.raises(ShapeError, match=r"A vector becomes a matrix of one column by a\[:, None\]"):
+        getattr(gl, function)(torch.ones(3))

@@ -581,7 +581,7 @@ def test_a_report_tells_what_became_worse_again(tmp_path) -> None:
         return run, to_text(page.document(run, single(), None, gm.Report("x")), width=400)
 
     run, text = run_of(held, score)
-    assert "held_out_loss was best at step 80, 0.900, and became worse after it" in text
+    assert "held_out_loss was best at step 80, 0.900, now 1.12: worse since then" in text
     assert "--best min:held_out_loss (best='min:held_out_loss') keeps" in text
     assert "accuracy was best" not in text  # it lost 3 % of what it gained
     assert "0.823 (last evaluation; best 0.845 at step 100)" in text
@@ -590,13 +590,19 @@ def test_a_report_tells_what_became_worse_again(tmp_path) -> None:
     run, text = run_of(falling, [i / 10 for i in range(5)] + [0.2] * 5)
     assert "--best max:accuracy" in text
     run, text = run_of([1 + i / 10 for i in range(10)], falling)  # it only rose
-    assert "held_out_loss was best at step 20, 1.00;" in text
+    assert "held_out_loss was best at step 20, 1.00, now 1.90;" in text
     run, text = run_of(falling, falling)  # an accuracy that falls was best at first
     assert "--best max:accuracy" in text
     for row in run.history:
         row["whiteness"] = row.pop("accuracy")  # nobody knows which is its best
     assert page.receded(run) == ""
     assert "✓ 200 steps" in to_text(page.document(run, single(), None, gm.Report("x")), width=400)
+    for row, value in zip(run.history, [1.9, 1.8, 1.7, 1.2, 1.3, 1.5, 1.7, 1.8, 1.9, 2.0], strict=True):
+        row["held"] = value  # begins as the training loss
+    assert page.receded(run).startswith("held was best at step 80, 1.20, now 2.00: worse since then. --best min:held")
+    for row in run.history[:3]:
+        row["held"] /= 2
+    assert page.receded(run) == ""
     run, text = run_of(falling, [i / 10 for i in range(5)] + [0.2] * 5, best_step=100)
     assert "the weights are those of step 100, the best" in text
     assert page.receded(run) == ""

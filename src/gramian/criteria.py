@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.alignment import Align, Select, kept, unpadded, weights_of, with_dtype
+from gramian.autograd import Ungraded
 from gramian.batch import described, fields, is_pair, token_mask
 from gramian.calls import called, tensor_of
 from gramian.errors import InputError
@@ -314,7 +315,7 @@ def own_output(
     >>> float(total), units
     (0.0, 4)
     """
-    call = predict or called
+    call, ungraded = predict or called, Ungraded()
     kept: dict[int, tuple[Any, list[Tensor]]] = {}  # with the batch, so that no other gets its id
     room = remember
 
@@ -323,7 +324,7 @@ def own_output(
         if id(batch) in kept:
             return kept[id(batch)][1]
         with torch.no_grad():
-            found = _outputs(call(teacher, batch))
+            found = [one.detach() for one in _outputs(ungraded(call, teacher, batch))]
         size = sum(one.numel() for one in found)
         if size <= room:
             room, kept[id(batch)] = room - size, (batch, found)

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from gramian import alignment, criteria
+from gramian.autograd import Ungraded
 from gramian.batch import described, main_input, num_samples, tensors
 from gramian.calls import prepared
 from gramian.errors import InputError
 from gramian.misuse import instead_of_objective, misread
 
-__all__ = ["Fisher", "Objective", "as_objective", "is_observed"]
+__all__ = ["Fisher", "Objective", "as_objective", "differentiates", "is_observed"]
 
 Fisher = Literal["sampled", "empirical", "gauss_newton"]
 Predict = Callable[[nn.Module, Any], Any]
@@ -55,7 +56,8 @@ class Objective:
     """A prediction and a sum of losses over known units.
 
     Args:
-        predict: `predict(model, batch) -> output`. It gets the batch on the model's device.
+        predict: `predict(model, batch) -> output`. It gets the batch on the model's device. It may differentiate on
+            its way (a loss of derivatives by inputs): where no graph is kept, it is called with one if it needs it.
         criterion: `criterion(output, batch) -> (sum of losses, number of units)`: a scalar tensor and a count.
         fisher: which second moment of output gradients `capture` takes. `"empirical"`: that of the loss itself;
             `"sampled"`: of the loss with labels drawn from the model's own output; `"gauss_newton"`: with one backward
@@ -144,7 +146,8 @@ class Objective:
         for observer in _OBSERVERS.get(self.criterion, ()):
             observer.before_forward(batch)
         predict = getattr(self.predict, "prepares", self.predict)  # the batch is prepared already
-        return self.criterion(predict(model, batch), batch)
+        ungraded: Ungraded = getattr(self.criterion, "ungraded")  # noqa: B009
+        return ungraded(lambda: self.criterion(predict(model, batch), batch))
 
     def checked(self, result: Any, *, empty: bool = False) -> tuple[Tensor, Tensor]:
         """The criterion's result as two scalar tensors. Raises `InputError` for any other result.
@@ -325,6 +328,27 @@ def is_observed(objective: Objective) -> bool:
     return bool(_OBSERVERS) and objective.criterion in _OBSERVERS
 
 
+def differentiates(objective: Objective, model: nn.Module, batch: Any) -> bool:
+    """Whether an objective's `predict` differentiates on its way, so that it cannot do without a graph.
+
+    Args:
+        objective: any.
+        model: passed to `predict`, as is the batch.
+        batch: any of its batches.
+
+    Returns: whether it does; known to the objective from then on.
+    Raises: nothing of its own.
+    Cost: that of `predict`.
+    Source: this library's own.
+
+    >>> differentiates(Objective.regression(), nn.Linear(3, 2), torch.ones(4, 3))
+    False
+    """
+    with torch.no_grad():
+        objective.predict(model, batch)
+    return objective.predict.ungraded.needed  # type: ignore[attr-defined]
+
+
 def as_objective(objective: Any) -> Objective:
     """An `Objective` unchanged; a plain `loss(model, batch)` as an objective with `fisher="empirical"`.
 
@@ -400,13 +424,17 @@ def _observed(criterion: Criterion) -> Criterion:
         return result
 
     observed.observed = criterion  # type: ignore[attr-defined]
+    observed.ungraded = Ungraded()  # type: ignore[attr-defined]
     return observed
 
 
 def _prepared(predict: Predict) -> Predict:
+    ungraded = Ungraded()
+
     @wraps(predict)
     def on_its_device(model: nn.Module, batch: Any) -> Any:
-        return predict(model, prepared(model, batch))
+        return ungraded(predict, model, prepared(model, batch))
 
     on_its_device.prepares = predict  # type: ignore[attr-defined]
+    on_its_device.ungraded = ungraded  # type: ignore[attr-defined]
     return on_its_device

@@ -27,7 +27,7 @@ from gramian.inspection.experiments.curvature import measure_curvature
 from gramian.inspection.experiments.evaluated import evaluate
 from gramian.inspection.experiments.leaking import find_leak
 from gramian.inspection.experiments.opening import open_zeros
-from gramian.inspection.experiments.probing import TRIED, probe
+from gramian.inspection.experiments.probing import probe, untried
 from gramian.inspection.experiments.stepping import take_steps
 from gramian.inspection.experiments.zeroed import find_zeroed
 from gramian.inspection.lost import find_loss_of_weights, lost_in_steps
@@ -235,7 +235,7 @@ def _measure_signal(
         measured.skipped |= {"whether an output sees its target": in_words(error)}
     if math.isfinite(observed.loss):
         context.probes, failed = probe(model, observed, objective)
-        measured.skipped |= {TRIED[what]: in_words(error).partition(": ")[2] for what, error in failed.items()}
+        measured.skipped |= untried(failed, objective)
         elsewhere = context.probes.share_of_constant == 0.0 or (context.probes.slope or 0.0) > ADAMW_EPS
         measured.is_satisfied = observed.first_loss == 0.0 and elsewhere
     measured.varies = not context.has_constant_output

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gramian.autograd import CUT_OFF
 from gramian.block import blocks
 from gramian.errors import UnsupportedError
 from gramian.layers import operation_of, runs_as_its_class
@@ -83,7 +84,7 @@ def cut(model: nn.Module, *, only_first: bool = False) -> Iterator[Cuts]:
     try:
         yield cuts
     except RuntimeError as error:
-        if "not have been used in the graph" not in str(error):
+        if CUT_OFF not in str(error):
             raise
         raise UnsupportedError("the loss differentiates by the inputs, which cuts separate from it") from error
     finally:

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import update_bn
 
 from gramian.errors import InputError, some
 from gramian.init import isometric_, reset_
-from gramian.objective import Objective
+from gramian.objective import Objective, as_objective
 from gramian.report import Action
 from gramian.report.access import get, put
 
@@ -125,8 +125,7 @@ def _update_statistics(setting: Setting) -> None:
 
 
 def _update_statistics_by_loss(setting: Setting, loss: str) -> None:
-    objective, model = setting.objective, setting.model
-    how = objective.loss if isinstance(objective, Objective) else objective
+    objective, model = as_objective(setting.objective), setting.model
     norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     for norm in norms:
         norm.reset_running_stats()
@@ -135,7 +134,7 @@ def _update_statistics_by_loss(setting: Setting, loss: str) -> None:
     model.train()
     with torch.no_grad():
         for batch in setting.batches:
-            how(model, batch)
+            objective.loss(model, batch)
     model.train(mode)
     for norm, momentum in norms.items():
         norm.momentum = momentum

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gramian.autograd import Ungraded
 from gramian.checkpoint.names import as_path
 from gramian.checkpoint.trees import pack_tree
 from gramian.errors import GramianWarning, InputError, TaskError, UnsupportedError, plain, some
@@ -72,7 +73,7 @@ def check_best(task: Task, model: nn.Module, options: Options) -> None:
         return
     python = state_of_python()
     with evaluating(model), torch.no_grad(), calling(task, "evaluate(model)"):
-        found: Any = task.evaluate(model)
+        found: Any = Ungraded()(task.evaluate, model)
     restore_python(python)
     if isinstance(found, Mapping):  # or the first evaluation says what is wrong
         best_row(options.best, [{"loss": math.nan} | dict.fromkeys(found, math.nan)])

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gramian import report
+from gramian.autograd import Ungraded
 from gramian.errors import GramianError, TaskError, some
 from gramian.inspection.diagnosis import STEPS
 from gramian.objective import Objective
@@ -73,7 +74,11 @@ LOWER = {"loss", "error", "perplexity", "mse", "rmse", "mae", "nll", "bpc", "wer
 """Words in the names of numbers that should fall."""
 
 HIGHER = {"accuracy", "acc", "score", "f1", "auc", "r2", "precision", "recall", "bleu", "iou", "map", "psnr", "reward"}
-"""Words in the names of numbers that should rise. Of any other number nobody knows which is its best."""
+"""Words in the names of numbers that should rise."""
+
+ALIKE, EARLY = 0.25, 3
+"""A number that at the first evaluations is the training loss up to this share, and falls with it, is a loss too,
+whatever its name. Of any other number nobody knows which is its best."""
 
 GIVEN_BACK = 0.1
 """The share of what a number gained that it may lose again before it is told."""
@@ -84,9 +89,17 @@ def best_of(run: Run, name: str) -> dict[str, float] | None:
     rows = [row for row in run.history if math.isfinite(row.get(name, math.nan))]
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     falls, rises = bool(words & LOWER), bool(words & HIGHER)
+    falls = falls or (not rises and _begins_as_the_loss(run, name))
     if not rows or falls == rises:
         return None
     return (min if falls else max)(rows, key=lambda row: row[name])
+
+
+def _begins_as_the_loss(run: Run, name: str) -> bool:
+    pairs = [(row["loss"], row.get(name, math.nan)) for row in run.history[:EARLY]]
+    if len(pairs) < EARLY or any(not abs(value - loss) < ALIKE * abs(loss) for loss, value in pairs):
+        return False
+    return all(after < before for before, after in zip(pairs[0], pairs[-1], strict=True))
 
 
 def receded(run: Run) -> str:
@@ -102,10 +115,13 @@ def receded(run: Run) -> str:
     if not told or run.best_step is not None:
         return ""
     name, best = told[0]
-    parts = [f"{one} was best at step {row['step']:,.0f}, {number(row[one])}" for one, row in told]
-    falls = best[name] <= run.history[-1][name]
+    last = run.history[-1]
+    parts = [
+        f"{one} was best at step {row['step']:,.0f}, {number(row[one])}, now {number(last[one])}" for one, row in told
+    ]
+    falls = best[name] <= last[name]
     return (
-        f"{'; '.join(parts)}, and became worse after it. --best {'min' if falls else 'max'}:{name} "
+        f"{'; '.join(parts)}: worse since then. --best {'min' if falls else 'max'}:{name} "
         f"(best='{'min' if falls else 'max'}:{name}') keeps the weights of that step, and --patience ends such a run."
     )
 
@@ -130,7 +146,7 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
     sections.append(Section("Curves", items=_in_pairs(curves({"": run}))))
     if task.pictures is not None:
         with calling(task, "pictures(model)"), evaluating(run.model), torch.no_grad():
-            drawn = tuple(task.pictures(run.model))
+            drawn = tuple(Ungraded()(task.pictures, run.model))
         for each in drawn:
             if not isinstance(each, (Picture, HeatMap, Table)):
                 raise TaskError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian import placement
+from gramian.autograd import Ungraded
 from gramian.batch import tensors
 from gramian.block import blocks
 from gramian.checkpoint import load_tensors
@@ -65,6 +66,7 @@ class Loop:
         self.optimizer = schedule.optimizer
         self.stepper = Stepper(run.model, task, objective, self.optimizer, options, seed)
         self.failure, self.device = self.stepper.failure, self.stepper.device
+        self.ungraded = Ungraded()  # how the task's evaluation is called
         # Sums of the loss since the last evaluation.
         self.total = self.units = 0.0
         self.streak = 0  # skipped steps in a row
@@ -188,7 +190,7 @@ class Loop:
             calling(task, "evaluate(model)"),
             self._averaged(),
         ):
-            found = task.evaluate(run.model)
+            found = self.ungraded(task.evaluate, run.model)
         restore_python(python)
         measured = as_numbers(found, task)
         row = {"step": run.steps, "seconds": round(run.seconds, 4), "loss": loss}

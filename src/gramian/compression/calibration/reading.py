@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from gramian import placement
 from gramian.batch import main_input, mapped, num_samples, tensors
 from gramian.compression.calibration.exchanging import exchanged
@@ -95,18 +97,23 @@ class Reader:
 
 
 def hashes(batch: Any, place: int) -> list[int]:
-    """A number for each sample of a batch, the same for samples whose main inputs are equal.
+    """A number for each sample of a batch, the same for samples of which all tensors are equal.
 
     Args:
         batch: any batch.
         place: how many samples came before: those that cannot be compared have numbers of their own.
     """
     try:
-        rows = main_input(batch).detach()
-        rows = rows.double() if rows.is_floating_point() else rows
-        return [hash(row.tobytes()) for row in rows.cpu().reshape(len(rows), -1).numpy()]
+        num = len(main_input(batch))
+        columns = [_bytes_of_rows(t) for t in tensors(batch) if t.ndim and len(t) == num]
+        return [hash(row) for row in zip(*columns, strict=True)] if columns else [hash((place, i)) for i in range(num)]
     except (InputError, TypeError, RuntimeError, ValueError):  # a graph, or another object: each is taken as new
         return [hash((place, i)) for i in range(num_samples(batch))]
+
+
+def _bytes_of_rows(t: Tensor) -> list[bytes]:
+    rows = t.detach().double() if t.is_floating_point() else t.detach()
+    return [row.tobytes() for row in rows.cpu().reshape(len(rows), -1).numpy()]
 
 
 def _parted(batch: Any) -> tuple[Any, Any | None]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gramian.autograd import Ungraded
 from gramian.compression.storage.plans import AnyPlan
 from gramian.compression.units.narrow_plan import NarrowPlan
 from gramian.errors import InputError
@@ -104,7 +105,7 @@ def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, measure: st
     model.eval()
     try:
         with torch.no_grad():
-            numbers = evaluate(model)
+            numbers = Ungraded()(evaluate, model)
     finally:
         model.train(was)
     if not isinstance(numbers, Mapping) or not numbers:

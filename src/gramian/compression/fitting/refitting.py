@@ -28,7 +28,7 @@ from gramian.compression.storage.ranks import ranks_of
 from gramian.errors import InputError, some
 from gramian.layers import operation_of
 from gramian.loader import Batches, as_batches
-from gramian.objective import Objective, as_objective
+from gramian.objective import Objective, as_objective, differentiates
 from gramian.recording import evaluating
 from gramian.recording.recorder import MAX_DIM
 
@@ -121,6 +121,7 @@ def refit(
         stack.enter_context(evaluating(small))
         stack.enter_context(evaluating(original))
         batch = prepared(original, given[0])
+        differentiates(objective, original, batch)  # is known before anything counts its layers
         once = _once(pairs, run(original, batch))
         pairs = {name: pair for name, pair in pairs.items() if name in once}
         stack.enter_context(watched({name: _last(layer) for name, (layer, _) in pairs.items()}))
@@ -193,9 +194,10 @@ def _fit(layer: nn.Module, passes: Sequence[Pass]) -> None:
         return
     change, shift = fitted
     if change.numel():
-        last.weight += change.reshape(last.weight.shape).to(last.weight.dtype)
+        # Not seen by autograd: a walk that will differentiate has passed this layer already.
+        last.weight.data += change.reshape(last.weight.shape).to(last.weight.dtype)
     if last.bias is not None:
-        last.bias += shift.to(last.bias.dtype)
+        last.bias.data += shift.to(last.bias.dtype)
     for walk, _, _ in passes:
         assert walk.stop is not None
         output = last(walk.stop.inputs)

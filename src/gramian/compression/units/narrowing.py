@@ -32,7 +32,8 @@ from gramian.compression.units.narrow_plan import Narrowed, NarrowPlan
 from gramian.errors import GramianWarning, InputError
 from gramian.layers import operation_of
 from gramian.loader import Batches
-from gramian.objective import Objective, as_objective
+from gramian.objective import Objective, as_objective, differentiates
+from gramian.recording import evaluating
 from gramian.recording.measuring import by_modules
 
 __all__ = ["may_narrow", "narrow"]
@@ -98,7 +99,7 @@ def narrow(
     assert measure is not None
     notes, ranked, blind = judged(calibration)
     few = [_few(batch) for batch in measure.batches]
-    predict_ = as_objective(objective).predict
+    predict_ = _predict(as_objective(objective), own, few[0])
 
     def call(net: nn.Module, samples: Sequence[Any] = few[:1]) -> Tensor:
         with by_modules():
@@ -183,6 +184,34 @@ def _layers(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, Block],
         elif not depthwise:
             known[name] = block
     return known, reasons
+
+
+def _predict(objective: Objective, model: nn.Module, batch: Any) -> Callable[[nn.Module, Any], Any]:
+    """The objective's `predict`; where that differentiates, what the model returns when it is first called.
+
+    A derivative needs the whole way from the input to the output, of which parts are put in by hand here.
+    """
+    with evaluating(model):
+        if not differentiates(objective, model, batch):
+            return objective.predict
+
+    def first(model: nn.Module, batch: Any) -> Any:
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            raise _Returned(output)
+
+        handle = model.register_forward_hook(end)
+        try:
+            return objective.predict(model, batch)
+        except _Returned as returned:
+            return returned.args[0]
+        finally:
+            handle.remove()
+
+    return first
+
+
+class _Returned(BaseException):
+    """The model's output; no loss's own `except Exception` keeps it."""
 
 
 def _few(batch: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
 
+from gramian.autograd import CUT_OFF, NO_GRAPH
 from gramian.batch import num_samples
 from gramian.inspection.experiments.affine import is_affine
 from gramian.inspection.experiments.blocking import are_constant, blocking_zeros
@@ -38,10 +40,12 @@ from gramian.inspection.experiments.two_values import TwoValues, of_two_values
 from gramian.inspection.experiments.unheard import unheard_arguments
 from gramian.inspection.experiments.unused import Idle, Unused, idle_half, idle_targets, without_columns, without_effect
 from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.signal import in_words
 from gramian.objective import Objective
 from gramian.recording.measuring import eager, evaluating
+from gramian.report.formatting import plural
 
-__all__ = ["TRIED", "Probes", "probe"]
+__all__ = ["Probes", "probe", "untried"]
 
 TRIED = {
     "unlinked": "whether parameters without a gradient change the loss",
@@ -220,6 +224,35 @@ def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[P
             if any(module.training for module in modules):  # whatever the loss has set
                 model.eval()
     return Probes(**found), failed
+
+
+def untried(failed: Mapping[str, Exception], objective: Objective) -> dict[str, str]:
+    """What a report says was not tried, and why; in one line all that a loss of derivatives by inputs excludes.
+
+    Args:
+        failed: of `probe`.
+        objective: that it was given.
+
+    Returns: by what was not tried, the reason.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> untried({"falls": ValueError("two samples are needed")}, Objective.regression())
+    {'whether the loss has a minimum': 'two samples are needed'}
+    """
+    apart = [what for what, error in failed.items() if _is_cut_off(error, objective)]
+    told = {TRIED[what]: in_words(error).partition(": ")[2] for what, error in failed.items() if what not in apart}
+    if apart:
+        checks = f"{plural(len(apart), 'check')} that put{'s' * (len(apart) == 1)} outputs in by hand"
+        told[checks] = "the loss differentiates by the inputs, of which such outputs are no function"
+    return told
+
+
+def _is_cut_off(error: Exception, objective: Objective) -> bool:
+    """Whether a loss failed since it differentiates outputs by inputs from which they do not come."""
+    needed = objective.criterion.ungraded.needed  # type: ignore[attr-defined]
+    return CUT_OFF in str(error) or (needed and NO_GRAPH in str(error))
 
 
 def _sum_over(asked: Asked) -> int | None:

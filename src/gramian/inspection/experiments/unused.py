@@ -78,6 +78,7 @@ def without_effect(asked: Asked) -> Unused | None:
     compared = {key(c.target) for c in seen.criteria}
     whole_batch = given_of(seen.batches[:1], seen.fed, compared)
     keys = [key(g.values[0]) for g in whole_batch]  # of a tensor that is given twice, one may be used
+    whole_values = {g.name: g.values[0] for g in whole_batch}
     fed = [g.name for g, own in zip(whole_batch, keys, strict=True) if g.is_input and keys.count(own) == 1]
     given = [g for g in given_of([batch], set(), set()) if g.name in fed]
     if len(given) < 2 or seen.first_loss == 0.0:  # a hinge that is satisfied, say, stays so with other inputs
@@ -89,7 +90,7 @@ def without_effect(asked: Asked) -> Unused | None:
         for one in inputs:
             x = one.values[0]
             others = [torch.cat((x[:1], x[:-1])), torch.cat((x[1:], x[-1:]))]
-            others += [x.flip(1)] if x.ndim > 1 else []
+            others += [_reversed(x, whole_values[one.name])] if x.ndim > 1 else []
             varies = bool((x[-1:] != x[:-1]).any()) and bool((others[0] != x).any())
             changed = (mapped(batch, lambda t, x=x, other=other: other if t is x else t) for other in others)
             if varies and all(loss_of(model, b, objective) == whole for b in changed):
@@ -109,6 +110,13 @@ def without_effect(asked: Asked) -> Unused | None:
             unused = {id(x) for x, arrives in zip(floats, arrive, strict=True) if not arrives}
             inputs = [g for g in inputs if id(g.values[0]) in unused] if len(floats) == len(given) else inputs
     return Unused(tuple(one.name for one in inputs), hides_others) if len(inputs) < len(given) else None
+
+
+def _reversed(x: Tensor, whole: Tensor) -> Tensor:
+    """An input in reverse order; categories stay in the range that they have in their own place, a mask in any."""
+    turned = x.flip(1)
+    counts = not (x.dtype == torch.bool or x.is_floating_point() or x.is_complex())
+    return turned.clamp(whole.amin(0), whole.amax(0)) if counts and int(whole.max()) > 1 else turned
 
 
 def idle_half(asked: Asked) -> Idle | None:

@@ -82,6 +82,19 @@ class Loaded:
         )
 
 
+_A_GRAM = "Pass a Gram matrix, such as gm.linalg.syrk(a)."
+OF_RECTANGLES = {
+    "inv": "Of other matrices gm.linalg.pinv gives the pseudoinverse.",
+    "solve": "With more or fewer equations than unknowns gm.linalg.lstsq gives the least-squares solution.",
+    "sign": "Of other matrices gm.linalg.polar gives the orthogonal factor.",
+    "spectral_radius": "Other matrices have no eigenvalues; gm.linalg.spectral_norm gives the largest singular value.",
+    "cond": "Of other matrices there is the condition number with p=2 and p=-2.",
+    "sqrtm": _A_GRAM,
+    "inv_root": _A_GRAM,
+}
+"""By function, what there is for a matrix that is not square."""
+
+
 def check(name: str, a: object, *, square: bool = False, real: bool = True) -> Tensor:
     """`a` if it is a matrix or a batch of them, a complex one only if not `real`; otherwise an error that says what
     came and what was wanted."""
@@ -91,12 +104,12 @@ def check(name: str, a: object, *, square: bool = False, real: bool = True) -> T
     if a.ndim < 2:
         raise ShapeError(
             f"{name}: expected (..., m, n), got {tuple(a.shape)}. "
-            "Vectors belong to the rest group; make a matrix of one with a[:, None] or a[None, :]."
+            "A vector becomes a matrix of one column by a[:, None], of one row by a[None, :]."
         )
     if square and a.shape[-1] != a.shape[-2]:
         raise ShapeError(
             f"{name}: expected square matrices (..., n, n), got {tuple(a.shape)}. "
-            "Pass a Gram matrix, such as gm.linalg.syrk(a)."
+            + OF_RECTANGLES.get(name, "It is defined for these alone.")
         )
     return a
 
