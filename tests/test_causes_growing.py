@@ -60,7 +60,7 @@ def test_a_watch_knows_what_was_zero_when_it_began() -> None:
             entropy(model, BATCHES[0]).backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert float(model.up.weight.abs().max()) > 0
+    assert bool(model.up.weight.any())
     assert not told(watched) & {"parameter-scale-small", "parameter-rank-one"}
 
 
