@@ -579,7 +579,7 @@ def test_workers_of_a_killed_run_do_not_hold_the_lock(tmp_path) -> None:
     process = started(tmp_path, "workers", "--steps", "20", "--out", "run")
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     process.kill()
-    process.communicate()
+    process.wait()  # its workers live on for a while, and hold its pipes
     sys_path = list(sys.path)
     gm.train(task(), steps=1, optimizer="adamw", out=tmp_path / "run")
     sys.path[:] = sys_path
