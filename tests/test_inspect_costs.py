@@ -90,7 +90,7 @@ def test_the_local_kernel_is_that_of_distances() -> None:
     x = (x - x.mean(0)) / (x - x.mean(0)).square().mean(0).sqrt()
     distances = torch.cdist(x, x).square()
     width = distances.kthvalue(11, 1).values.median()
-    torch.testing.assert_close(kernels(x)[2], torch.exp(-distances / width))
+    torch.testing.assert_close(kernels(x)[2], torch.exp(-distances / width).float())
 
 
 def test_rows_that_mix_are_found_by_few_of_them() -> None:
@@ -151,3 +151,16 @@ def test_a_sum_that_overflows_is_looked_at_again() -> None:
     for value in (torch.nan, torch.inf, -torch.inf):
         assert not all_finite(torch.tensor([largest, value, -largest]))
     assert not all_finite(torch.tensor([torch.inf, -torch.inf]))
+
+
+def test_samples_that_are_equal_stay_so_in_float32() -> None:
+    x = torch.randn(20, 3, generator=seeded(0), dtype=torch.float64).repeat(8, 1) * 1e3
+    local = kernels(x)[2]
+    assert bool((local[:20, 20:40].diagonal() == 1).all())  # ten neighbors of each are not as many as its equals
+
+
+def test_inputs_that_do_not_differ_have_no_directions() -> None:
+    x = 0.3 * torch.ones(200, 8) + 1e-7 * torch.randn(200, 8, generator=seeded(0))
+    x[:, 0] = torch.randn(200, generator=seeded(1))
+    directions = dependence._principal(x, dependence._gram(x))
+    assert directions.norm(dim=0).sort().values.tolist() == pytest.approx([0.0] * 7 + [1.0])
