@@ -73,7 +73,7 @@ class Recorder(TorchFunctionMode):
         self.failed: list[tuple[Site, str]] = []
         self.sides: dict[
             tuple, tuple[Side, Side] | None
-        ] = {}  # of uses like those before, as each step of a recurrence
+        ] = {}  # of uses like those before, of a recurrence, say
 
     def begin(self, current: Pass, mask: Tensor | None = None) -> None:
         """Starts a forward pass: uses from now on belong to it. Rows outside the mask are left out of A."""
