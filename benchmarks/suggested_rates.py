@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,7 @@ def suggest(path: Path) -> None:
     for name, optimizer in ROWS:
         learning = CASES[name]
         task = learning.make(SEED)
-        batches = [batch for batch, _ in zip(task.train_batches(0, torch.Generator().manual_seed(SEED)), range(17))]
+        batches = list(islice(task.train_batches(0, torch.Generator().manual_seed(SEED)), 17))
         step = _step_seconds(learning, optimizer)
         model, start = task.model().train(), clock()
         try:

@@ -144,6 +144,7 @@ class Rehearsals:
         optimizer = self.make(self.model, lr)
         rise = max(1, self.num_steps // WARMUP)
         rates = [group["lr"] for group in optimizer.param_groups]
+        torch.manual_seed(0)  # of dropout
         for step in range(self.num_steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * min(1.0, (step + 1) / rise)
@@ -168,6 +169,7 @@ class Rehearsals:
                 "suggest_lr: no trainable matrix follows this optimizer's rate: they are frozen, or an embedding or a "
                 "head, which step at a rate of their own. Ask for optimizer='adamw', or unfreeze a hidden layer"
             )
+        torch.manual_seed(0)
         self._gradient(0)
         grads = [p.grad for p in follows if p.grad is not None]
         if not grads or not all(bool(g.isfinite().all()) for g in grads):
@@ -195,14 +197,13 @@ class Rehearsals:
     def _gradient(self, step: int) -> None:
         """The gradient of the mean loss of a step's batch, in `grad`."""
         self.model.zero_grad(set_to_none=True)
-        torch.manual_seed(step)  # of dropout
         total, units = self.objective.loss(self.model, self.training[step % len(self.training)])
         (total / units).backward()
 
     def _held_out_losses(self) -> list[float]:
         found = []
+        torch.manual_seed(0)
         for batch in self.held_out:
-            torch.manual_seed(0)
             total, units = self.objective.loss(self.model, batch)  # with autograd: a loss may need gradients
             found.append(float(total.detach() / units))
         return found
