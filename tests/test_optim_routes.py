@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import gramian as gm
 from gramian.errors import GramianWarning, InputError
 from gramian.optim import SOAP, Muon, Shampoo
 from gramian.optim.untold import MOST_LEFT

@@ -59,7 +59,7 @@ def suggest_lr(
             gradient that is not finite, or zero; a loss that no rehearsed rate lowers by more than the noise among the
             batches that judge.
         UnsupportedError: for sharded parameters, and optimizers whose step depends on the weights.
-    Cost: four rehearsals as a rule, at most six where one gains, so 35 to 55 training steps. Accuracy: see
+    Cost: usually four rehearsals, at most six where one gains, so 35 to 55 training steps. Accuracy: see
         docs/measured/learning_rates.md.
     Source: this library's own measurements.
 
