@@ -210,6 +210,10 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         return zeroed
     if finding.code == "input-unused" and finding.severity != "error":  # what saturates forgets what came before
         return next((f for f in serious if f.code in _UNITS_OF_DATA), None)
+    if finding.code == "gate-shut":  # what saturates chooses the same for all
+        driving = next((f for f in serious if f.code in _UNITS_OF_DATA and f.severity == "error"), None)
+        if driving is not None:
+            return driving
     padded = next((f for f in serious if f.code == "padding-read" and f.where != "labels"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]

@@ -160,13 +160,14 @@ class Gate:
 
 @dataclass(frozen=True)
 class Routing:
-    """A softmax over what a matrix gives, which may choose among modules.
+    """A softmax over what a matrix gives, or the largest of that, which may choose among modules.
 
     Attributes:
         name, order: the module in which it is, and its place.
         sources: the parameters of the scores.
-        largest: of each choice, its largest weight of all rows.
+        largest: of each choice, its largest weight of all rows; of the largest scores, 1 where one of them is its own.
         rows: how many there are.
+        is_choice: whether the largest scores are taken.
     """
 
     name: str
@@ -174,6 +175,7 @@ class Routing:
     sources: tuple[Source, ...]
     largest: tuple[float, ...]
     rows: int
+    is_choice: bool = False
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ class Observed:
         draws: what is drawn without a gradient.
         drawn_target: the function that drew what the loss compares an output with, where nothing else was made of it.
         stopped: where a parameter's gradient is exactly zero, module and operation whose derivative is zero everywhere.
-        routings: softmaxes over what a matrix gives.
+        routings: softmaxes over what a matrix gives, and choices by it.
         added: names of parameters that are added to something.
         multiplied, by_entry: names of parameters whose values a product takes as a matrix, and of those that meet
             other values entry by entry.
@@ -301,6 +303,7 @@ class Observed:
         softmax_over_rows: shape of a matrix that had a softmax over its first dimension outside all modules but the
             whole model.
         bootstrapped: whether a loss compares an output with data plus another one, and both have a gradient.
+        canceled: what the loss makes of two equal sides of which no gradient is left: a difference, a quotient, a loss.
         num_taught: how many losses compare probabilities with others of the same parameters that have a gradient.
         single_softmax: by module, the shape of scores of one matrix over one of which a softmax is taken.
         over_queries: by module in which weights that sum to one over the queries are those of keys, their shape.
@@ -367,6 +370,7 @@ class Observed:
     broadcast: Broadcast | None = None
     softmax_over_rows: torch.Size | None = None
     bootstrapped: bool = False
+    canceled: str = ""
     num_taught: int = 0
     single_softmax: dict[str, tuple[int, ...]] = field(default_factory=dict)
     over_queries: dict[str, tuple[int, ...]] = field(default_factory=dict)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.batch import mapped
+from gramian.inspection.experiments.canceling import canceled
 from gramian.inspection.passes.draws import Draws
 from gramian.inspection.passes.following import Follower
 from gramian.inspection.passes.given import key
@@ -232,6 +233,8 @@ class Watcher(Follower):
                 self._see_ends(args[0] if args else kwargs.get("input"))
             with torch._C.DisableTorchFunction():
                 see_loss(self.seen, self.place, func, args, kwargs, self.bounded.get(id(args[0])) if args else None)
+                if not self.place and not self.seen.canceled:
+                    self.seen.canceled = canceled(func, args, list(self.model.parameters()))
         given = (*args, *kwargs.values()) if self.careful and self.first_non_finite is None else None
         output = func(*args, **kwargs)
         name = self.place
@@ -275,6 +278,8 @@ class Watcher(Follower):
         if func is torch.autograd.grad:
             self._differentiated(kwargs, output)
         if made is None:
+            if not self.live:
+                self.operations.routings.see(name, self.order, func, args, kwargs, output)
             self.operations.gating.divided(func, given, output)
             self.operations.elementwise.see(self.seen, func, args, given, output)
             return
