@@ -210,6 +210,10 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         return zeroed
     if finding.code == "input-unused" and finding.severity != "error":  # what saturates forgets what came before
         return next((f for f in serious if f.code in _UNITS_OF_DATA), None)
+    if finding.code == "samples-indistinguishable" and finding.severity == "warning":  # the layers that it would enter
+        unused = next((f for f in serious if f.code == "input-unused"), None)
+        if unused is not None:
+            return unused
     if finding.code == "gate-shut":  # what saturates chooses the same for all
         driving = next((f for f in serious if f.code in _UNITS_OF_DATA and f.severity == "error"), None)
         if driving is not None:

@@ -309,6 +309,7 @@ class Observed:
         over_queries: by module in which weights that sum to one over the queries are those of keys, their shape.
         output: the model's, the first tensor of it.
         changed: the tensors of the first batch that a pass writes into, as Python reads them off a batch.
+        passes: how often the loss calls the model.
         fed: keys of the tensors with which the model was called.
         raw: the data that layers take as they are.
         ends: of the function that made it.
@@ -376,6 +377,7 @@ class Observed:
     over_queries: dict[str, tuple[int, ...]] = field(default_factory=dict)
     output: Tensor | None = None
     changed: tuple[str, ...] = ()
+    passes: int = 0
     fed: set[tuple[int, int]] = field(default_factory=set)
     raw: list[Raw] = field(default_factory=list)
     ends: Ends | None = None

@@ -105,6 +105,7 @@ class Watcher(Follower):
         if not name:
             self.held -= {id(t) for t in tensors_of((*args, *kwargs.values()))}
         if not name and not self.live and not self.careful:
+            self.seen.passes += 1
             called = [t for t in tensors_of((*args, *kwargs.values())) if t.ndim]
             given = [t for t in called if not t.requires_grad]
             if not in_vmap():  # whose tensors have no storage
