@@ -220,11 +220,10 @@ def canceled(context: Context) -> Iterator[Finding]:
     yield Finding(
         "gradient-stopped",
         "error" if zero else "warning",
-        f"Nothing is learned from a {seen.canceled} in the loss: its two sides are the same, and their gradients cancel",
+        f"Nothing is learned from a {seen.canceled} in the loss: its sides are the same, and their gradients cancel",
         where=", ".join(("loss", *dict.fromkeys(map(context.module_of, zero[:SHOWN])))),
         evidence=f"it is {constant} for all samples, both sides have a gradient, and by all parameters together no "
-        "gradient is left of them"
-        + (f"; that of {some(zero, SHOWN)} is zero (exact)" if zero else " (exact)"),
+        "gradient is left of them" + (f"; that of {some(zero, SHOWN)} is zero (exact)" if zero else " (exact)"),
         cause="One side is to stay as it was, and was made by the same weights with a gradient: the log-probabilities "
         "of the policy that acted, a teacher's output, another view of the same samples.",
         advice="Detach that side: keep it from when the actions were drawn, or compute it under torch.no_grad(). A "

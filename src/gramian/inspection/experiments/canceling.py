@@ -1,4 +1,4 @@
-"""Whether the two sides of a difference or quotient are the same function, so that it is one number whatever they are."""
+"""Whether the two sides of a difference or quotient are one function, so that it is one number whatever they are."""
 
 from __future__ import annotations
 

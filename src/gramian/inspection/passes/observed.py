@@ -230,10 +230,12 @@ class Cosines:
     Attributes:
         scale: that number.
         num_classes: how many scores of a row are not masked.
+        learned: the parameter that is in that number, if one is.
     """
 
     scale: float
     num_classes: int
+    learned: str = ""
 
 
 @dataclass(frozen=True)

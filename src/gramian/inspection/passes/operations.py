@@ -69,7 +69,7 @@ class Operations:
         live: bool,
     ) -> None:
         self.seen, self.names, self.read, self.squares, self.live = seen, names, read, squares, live
-        self.heads = Heads(seen)
+        self.heads = Heads(seen, names)
         self.over_queries = OverQueries(seen)
         self.elementwise = ElementWise(names)
         self.gating = Gating(seen, names, read, live=live)

@@ -74,5 +74,3 @@ def _numbers(func: Callable, args: tuple, kwargs: Mapping[str, Any], scores: Ten
     if not isinstance(dim, int) or dim not in (-1, scores.ndim - 1):
         return None
     return made if isinstance(made, Tensor) else made[1]
-
-
