@@ -22,6 +22,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "loss-not-log-probabilities",
         "loss-term-missing",
         "loss-flat",
+        "loss-term-dominates",
         "loss-collapses",
         "labels-ignored",
         "derivative-zero",
