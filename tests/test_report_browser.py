@@ -160,7 +160,7 @@ def test_the_page_works(tmp_path: Path, width: int) -> None:
     assert told["counted"] == "1 of 4 findings"
     assert told["bySeverity"] == ["rank-deficient", "dead-units", "noise-only"]
     assert (told["again2"], told["open"]) == (4, 0)
-    assert told["heat"].startswith("0: layers.0.linear")
+    assert told["heat"].startswith("layers.0.linear")
     assert told["whole"] == told["again"] == "-0.5 0 60 1"
     assert told["last"].startswith("layers.59. signal")
     assert told["second"].startswith("layers.1. ")

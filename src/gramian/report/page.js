@@ -278,7 +278,7 @@
         if (row < 0 || row >= data.rows.length || column < 0 || column >= most) return hide();
         const value = data.rows[row][column];
         const line = [value === undefined ? `only ${data.rows[row].length} values` : `value ${column}`, "transparent", value === undefined ? "" : value === null ? "not finite" : told(value)];
-        return show(left + ((column + 0.5) / most) * width, top, top + height, `${row}: ${data.names[row]}`, [line]);
+        return show(left + ((column + 0.5) / most) * width, top, top + height, data.names[row], [line]);
       });
     }
   }

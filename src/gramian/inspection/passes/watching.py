@@ -234,7 +234,7 @@ class Watcher(Follower):
                 self._see_ends(args[0] if args else kwargs.get("input"))
             with torch._C.DisableTorchFunction():
                 see_loss(self.seen, self.place, func, args, kwargs, self.bounded.get(id(args[0])) if args else None)
-                if not self.place and not self.seen.canceled:
+                if not self.stack and not self.seen.canceled:
                     self.seen.canceled = canceled(func, args, list(self.model.parameters()))
         given = (*args, *kwargs.values()) if self.careful and self.first_non_finite is None else None
         output = func(*args, **kwargs)
