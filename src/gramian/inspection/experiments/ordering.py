@@ -117,8 +117,9 @@ def run_along_rows(model: nn.Module, batches: Sequence[Any]) -> bool:
     x = main_input(batches[0])
     if x.ndim != 2 or x.is_floating_point():
         return False
-    if filled_ends(x) is not None != filled_ends(x.T) is not None:
-        return filled_ends(x) is not None
+    along_rows, along_columns = (filled_ends(t) is not None for t in (x, x.T))
+    if along_rows != along_columns:
+        return along_rows
     return are_in_order(model, batches) and not are_in_order(model, batches, dim=0)
 
 
