@@ -15,7 +15,7 @@ N, D, CHOICES = 128, 6, 4
 Told = dict[str, tuple[str, str]]
 
 
-def told(model: nn.Module, batches: list, loss: Callable) -> Told:
+def told(model: nn.Module, batches: list, loss: Callable | gm.Objective) -> Told:
     """Severity and place by code, of all but information."""
     found = gm.inspect(model, batches, loss).findings
     return {f.code: (f.severity, f.where) for f in found if f.severity != "info"}
