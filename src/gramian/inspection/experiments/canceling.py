@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gramian.inspection.passes.gate_functions import DIFFERENCES, QUOTIENTS, REVERSED
 
@@ -17,14 +17,14 @@ _LOSSES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 ROUNDING = 1e-5
 
 
-def canceled(func: Callable, args: tuple, parameters: Sequence[Tensor]) -> str:
+def canceled(func: Callable, args: tuple, model: nn.Module) -> str:
     """What cancels in a call: equal values on both sides, each with a gradient, of which nothing is left together.
 
     So is exp(log p − log p), where the second is to be the probability of the policy that acted, without a gradient.
 
     Args:
         func, args: the call.
-        parameters: of the model.
+        model: whose parameters the sides are made of.
 
     Returns: what is made of the two sides, in words; empty where they differ, or one of them has no gradient.
     Raises: nothing of its own.
@@ -38,7 +38,7 @@ def canceled(func: Callable, args: tuple, parameters: Sequence[Tensor]) -> str:
     one, other = args[:2]
     if one.shape != other.shape or one.numel() < 2 or not _are_equal(one.detach(), other.detach()):
         return ""
-    wanted = [p for p in parameters if p.requires_grad]
+    wanted = [p for p in model.parameters() if p.requires_grad]
     try:
         with torch.enable_grad():
             by = torch.randn(one.shape, generator=torch.Generator().manual_seed(0)).to(one)

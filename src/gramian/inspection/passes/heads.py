@@ -43,19 +43,24 @@ class Scored:
     values: Tensor
     operands: tuple[Tensor, ...]
     scale: float = 1.0
-    learned: str = ""
+    learned: Tensor | None = None
 
     def times(self, values: Tensor, factor: _Factor) -> Scored:
         """The same, times a number."""
-        return replace(self, values=values, scale=self.scale * factor.value, learned=self.learned or factor.learned)
+        return replace(
+            self,
+            values=values,
+            scale=self.scale * factor.value,
+            learned=self.learned if factor.learned is None else factor.learned,
+        )
 
 
 @dataclass(frozen=True)
 class _Factor:
-    """A number, and the parameter it is made of, if it is."""
+    """A number, and the tensor that it is, where training moves it."""
 
     value: float
-    learned: str
+    learned: Tensor | None
 
 
 class Heads:
@@ -91,7 +96,7 @@ class Heads:
         elif (func is F.linear or func in _DOTS) and len(given) == 2 and made.ndim > 1:
             scaled = [self.scaled.get(id(t)) or Scored(t, (t,)) for t in given]
             operands = tuple(t for one in scaled for t in one.operands)
-            learned = scaled[0].learned or scaled[1].learned
+            learned = next((one.learned for one in scaled if one.learned is not None), None)
             self._keep(self.scored, Scored(made, operands, scaled[0].scale * scaled[1].scale, learned))
         elif func in _COSINES and made.ndim > 1:
             self._keep(self.scored, Scored(made, ()))
@@ -104,7 +109,7 @@ class Heads:
                 self._keep(self.scored, replace(parts[0], values=made, operands=operands))
         elif before is not None and func in _MOVES:
             self._keep(self.scored, replace(before, values=made))
-        elif func in _TIMES | _OVER and len(args) == 2 and (factor := self._factor(func, args)) is not None:
+        elif func in _TIMES | _OVER and len(args) == 2 and (factor := _factor(func, args)) is not None:
             scaled = self.scored.get(id(factor[0]))
             if scaled is not None:
                 self._keep(self.scored, scaled.times(made, factor[1]))
@@ -113,18 +118,12 @@ class Heads:
         elif func in _TIMES and len(given) == 2 and before is None and made.ndim > 2:
             self._keep(self.products, Scored(made, (given[0], given[1])))
 
-    def _factor(self, func: Callable, args: tuple) -> tuple[Tensor, _Factor] | None:
-        """The tensor that a product or quotient takes times a number, and that number."""
-        for values, by in (args, args[::-1]):
-            if isinstance(values, Tensor) and values.numel() > 1 and (number := _number(by)):
-                learned = ""
-                if isinstance(by, Tensor) and by.requires_grad:
-                    leaves = {id(by), *leaves_of(by)}
-                    learned = next((self.names[leaf] for leaf in leaves if leaf in self.names), "a parameter")
-                if func in _TIMES:
-                    return values, _Factor(number, learned)
-                return (values, _Factor(1 / number, learned)) if values is args[0] else None
-        return None
+    def _name(self, learned: Tensor | None) -> str:
+        """The parameter that a number is made of."""
+        if learned is None:
+            return ""
+        leaves = {id(learned), *leaves_of(learned)}
+        return next((self.names[leaf] for leaf in leaves if leaf in self.names), "a parameter")
 
     def _keep(self, kept: dict[int, Scored], scored: Scored) -> None:
         kept[id(scored.values)] = scored
@@ -137,7 +136,18 @@ class Heads:
         if not all(map(_is_unit, scored.operands)) or not bool((scores[kept].abs() <= scale * (1 + NARROW)).all()):
             return
         rows = kept.movedim(1, -1) if scores.ndim > 1 else kept
-        self.seen.cosines = Cosines(scale, int(rows.sum(-1).max()), scored.learned)
+        self.seen.cosines = Cosines(scale, int(rows.sum(-1).max()), self._name(scored.learned))
+
+
+def _factor(func: Callable, args: tuple) -> tuple[Tensor, _Factor] | None:
+    """The tensor that a product or quotient takes times a number, and that number."""
+    for values, by in (args, args[::-1]):
+        if isinstance(values, Tensor) and values.numel() > 1 and (number := _number(by)):
+            learned = by if isinstance(by, Tensor) and by.requires_grad else None
+            if func in _TIMES:
+                return values, _Factor(number, learned)
+            return (values, _Factor(1 / number, learned)) if values is args[0] else None
+    return None
 
 
 def _number(value: Any) -> float:

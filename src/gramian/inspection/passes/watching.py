@@ -235,7 +235,7 @@ class Watcher(Follower):
             with torch._C.DisableTorchFunction():
                 see_loss(self.seen, self.place, func, args, kwargs, self.bounded.get(id(args[0])) if args else None)
                 if not self.stack and not self.seen.canceled:
-                    self.seen.canceled = canceled(func, args, list(self.model.parameters()))
+                    self.seen.canceled = canceled(func, args, self.model)
         given = (*args, *kwargs.values()) if self.careful and self.first_non_finite is None else None
         output = func(*args, **kwargs)
         name = self.place
