@@ -16,8 +16,9 @@ from gramian.inspection.causes import ordered
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.gates import RULES
 from gramian.inspection.causes.heads import bounded_scores, offset
-from gramian.inspection.passes.observed import Observed, Source
+from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.observing import observe
+from gramian.inspection.passes.records import Source
 from gramian.inspection.passes.sources import trace
 from gramian.report import Finding
 

@@ -16,6 +16,7 @@ from gramian.inspection.causes.joins import relations
 from gramian.inspection.causes.likeness import kernels
 from gramian.inspection.experiments.stepping import FEWEST, NUM_STEPS, take_steps
 from gramian.inspection.passes.moments import all_finite
+from gramian.inspection.passes.observing import observe
 from gramian.objective import as_objective
 from gramian.operators import NoJacobian, try_jacobian
 from gramian.recording.measuring import batch_statistics
@@ -90,7 +91,7 @@ def test_the_local_kernel_is_that_of_distances() -> None:
     x = (x - x.mean(0)) / (x - x.mean(0)).square().mean(0).sqrt()
     distances = torch.cdist(x, x).square()
     width = distances.kthvalue(11, 1).values.median()
-    torch.testing.assert_close(kernels(x)[2], torch.exp(-distances / width))
+    torch.testing.assert_close(kernels(x)[2], torch.exp(-distances / width).float())
 
 
 def test_rows_that_mix_are_found_by_few_of_them() -> None:
@@ -151,3 +152,48 @@ def test_a_sum_that_overflows_is_looked_at_again() -> None:
     for value in (torch.nan, torch.inf, -torch.inf):
         assert not all_finite(torch.tensor([largest, value, -largest]))
     assert not all_finite(torch.tensor([torch.inf, -torch.inf]))
+
+
+def test_samples_that_are_equal_stay_so_in_float32() -> None:
+    x = torch.randn(20, 3, generator=seeded(0), dtype=torch.float64).repeat(8, 1) * 1e3
+    local = kernels(x)[2]
+    assert bool((local[:20, 20:40].diagonal() == 1).all())  # ten neighbors of each are not as many as its equals
+
+
+def test_inputs_that_do_not_differ_have_no_directions() -> None:
+    x = 0.3 * torch.ones(200, 8) + 1e-7 * torch.randn(200, 8, generator=seeded(0))
+    x[:, 0] = torch.randn(200, generator=seeded(1))
+    directions = dependence._principal(x, dependence._gram(x))
+    assert directions.norm(dim=0).sort().values.tolist() == pytest.approx([0.0] * 7 + [1.0])
+
+
+class Averaging(nn.Module):
+    """A layer that keeps an average of its inputs, which the next pass takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x - self.mean
+        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)  # pyright: ignore[reportCallIssue]
+        return y
+
+
+@pytest.mark.parametrize(("norm", "is_kept"), [(nn.BatchNorm1d(3), True), (Averaging(), False)])
+def test_the_first_step_has_the_gradients_of_the_watched_one(norm: nn.Module, is_kept: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), norm, nn.Linear(3, 2))
+    batches = [(torch.randn(16, 4, generator=seeded(i)), torch.arange(16) % 2) for i in range(3)]
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    objective = gm.Objective.classification()
+    alone = take_steps(model, optimizer, batches, objective)
+    observed = observe(model, batches, objective, keeps_gradients=True)
+    assert (set(observed.first_gradients) == {n for n, _ in model.named_parameters()}) is is_kept
+    calls: list[int] = []
+    counted = gm.Objective(lambda m, b: calls.append(1) or m(b[0]), objective.criterion)
+    taken = take_steps(model, optimizer, batches, counted, first=observed)
+    assert len(calls) == len(alone.losses) - is_kept
+    assert taken.losses == pytest.approx(alone.losses)
+    assert taken.changes == pytest.approx(alone.changes)
+    assert not observed.first_gradients
+    assert all(p.grad is None for p in model.parameters())

@@ -152,7 +152,7 @@ def _with_data(
 ) -> tuple[Measured, list[Finding]]:
     """What the weights and the signal show, and the causes that were found."""
     progress("steps", 0, 1)
-    observed, skipped = _observe(model, few, objective)
+    observed, skipped = _observe(model, few, objective, keeps_gradients=optimizer is not None)
     progress("steps", 1, 1)
     sizes = observed.image_sizes if observed is not None else {}
     measured = measure_model(model, progress, image_sizes=sizes, **options)
@@ -177,10 +177,12 @@ def _with_data(
     return measured, found
 
 
-def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Observed | None, dict[str, str]]:
+def _observe(
+    model: nn.Module, few: list[Any], objective: Objective, *, keeps_gradients: bool
+) -> tuple[Observed | None, dict[str, str]]:
     """What a few training steps show, or why there are none."""
     try:
-        return observe(model, few, objective), {}
+        return observe(model, few, objective, keeps_gradients=keeps_gradients), {}
     except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
         check_runs("inspect", model, few[0], objective)
         if steps_run(model, few, objective):
@@ -258,7 +260,7 @@ def _measure_signal(
         measured.skipped |= {STEPS: "the loss is not finite"}
     else:
         try:
-            context.steps = take_steps(model, optimizer, few, objective)
+            context.steps = take_steps(model, optimizer, few, objective, first=observed)
             found += lost_in_steps(model, optimizer, few, objective, context.steps.losses)
             measured.looked_at.append(STEPS)
         except Exception as error:  # an optimizer that cannot be copied, or a step that fails

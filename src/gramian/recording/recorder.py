@@ -71,6 +71,9 @@ class Recorder(TorchFunctionMode):
         self.running: list[str] = []  # names of the tied parameters whose modules are running, innermost last
         self.paused = 0  # parametrizations that are being computed
         self.failed: list[tuple[Site, str]] = []
+        self.sides: dict[
+            tuple, tuple[Side, Side] | None
+        ] = {}  # of uses like those before, of a recurrence, say
 
     def begin(self, current: Pass, mask: Tensor | None = None) -> None:
         """Starts a forward pass: uses from now on belong to it. Rows outside the mask are left out of A."""
@@ -180,7 +183,7 @@ class Recorder(TorchFunctionMode):
         """Adds the inputs of a call's uses to A, and returns its output with a tap that will add the gradient to G."""
         if not (torch.is_grad_enabled() or self.record_without_grad):
             return output
-        found = [(form, view, sides_of(form, view)) for form, view in uses]
+        found = [(form, view, self._sides_of(form, view)) for form, view in uses]
         if in_vmap():
             for form, view, sides in found:
                 site = self._site(form, view, sides)
@@ -216,6 +219,12 @@ class Recorder(TorchFunctionMode):
                         self.accumulator.add_gradients(site, form, side, grad, current)
 
         return tapped(output, self.leaf, on_gradient, in_place=in_place)
+
+    def _sides_of(self, form: Form, view: BlockView) -> tuple[Side, Side] | None:
+        key = id(view.block), view.dims, view.part, form.in_dims, form.out_dims, form.groups, form.onehot
+        if key not in self.sides:
+            self.sides[key] = sides_of(form, view)
+        return self.sides[key]
 
     @contextmanager
     def _noting(self, site: Site, form: Form) -> Iterator[None]:

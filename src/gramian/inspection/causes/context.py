@@ -11,10 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gramian.alignment import labels_of
-from gramian.batch import main_input, parts
 from gramian.block import Block, blocks
-from gramian.errors import GramianError, some
+from gramian.inspection.causes.fed import SHOWN, Fed
 from gramian.inspection.experiments.blocking import EQUAL
 from gramian.inspection.experiments.evaluated import Evaluated
 from gramian.inspection.experiments.leaking import Leak
@@ -22,19 +20,15 @@ from gramian.inspection.experiments.opening import Opening
 from gramian.inspection.experiments.probing import Probes
 from gramian.inspection.experiments.stepping import Steps
 from gramian.inspection.experiments.zeroed import Zeroed
-from gramian.inspection.passes.given import Given, given_of, key
 from gramian.inspection.passes.losses import VALUES
-from gramian.inspection.passes.moments import moments
-from gramian.inspection.passes.observed import Activation, Call, Criterion, Observed
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.records import Activation, Call, Criterion
 from gramian.report import Layer
 
 __all__ = ["ONE", "SHOWN", "Context"]
 
 # ‖W‖_F² / σ₁² of a matrix that counts as one direction; smaller matrices than this side are not judged.
 ONE, SIDE = 1.02, 4
-
-# Names that a finding spells out.
-SHOWN = 6
 
 # Ratio of the differences between samples after and before a module from which on its weights' scale is told. Inputs
 # that go one way move it.
@@ -51,7 +45,7 @@ STEPS = 4
 
 
 @dataclass
-class Context:
+class Context(Fed):
     """A model, what a few training steps and a pass in evaluation mode showed, and its optimizer's steps on a copy.
 
     Rules put into `skipped` what they could not judge, and why, and into `asleep` the parameters of rectified units
@@ -105,10 +99,6 @@ class Context:
         return {name: of[id(p)] for name, p in self.parameters.items() if id(p) in of}
 
     @cached_property
-    def has_float_inputs(self) -> bool:
-        return all(main_input(batch).is_floating_point() for batch in self.observed.batches)
-
-    @cached_property
     def has_constant_output(self) -> bool:
         """Whether all samples get the same output, but for what dropout does to it."""
         if self.probes.is_constant:
@@ -144,20 +134,6 @@ class Context:
         calls = [self.first_calls.get(self.module_of(name)) for name in self.opening.last]
         given = [call.input for call in calls if call is not None and call.input is not None]
         return all(size.between <= EQUAL * size.rms for size in given) if given else not self.opening.last
-
-    @cached_property
-    def changes_inputs_first(self) -> bool:
-        """Whether the first layer with weights is a norm, or gets other numbers than the batch holds."""
-        for call in self.observed.calls:
-            module = self.model.get_submodule(call.name)
-            if any(True for _ in module.parameters(recurse=False)):
-                try:
-                    given = moments(main_input(self.observed.batches[0]).float()).rms
-                except (GramianError, IndexError):
-                    return False
-                seen = call.input.rms if call.input is not None else given
-                return "Norm" in call.kind or not 0.8 * given <= seen <= 1.25 * given
-        return False
 
     @cached_property
     def is_recurrent(self) -> bool:
@@ -199,104 +175,6 @@ class Context:
     def criterion(self, function: str) -> Criterion | None:
         """The first call of one of torch's losses, by its name."""
         return next((c for c in self.observed.criteria if c.function == function), None)
-
-    @cached_property
-    def targets(self) -> Tensor | None:
-        """What the output of the first batch is compared with, where it is numbers and not classes."""
-        output = self.observed.output
-        for found in self.observed.criteria:
-            if found.function in VALUES and output is not None and found.given.data_ptr() == output.data_ptr():
-                return found.target if found.target.is_floating_point() else None
-        return None
-
-    @cached_property
-    def labels(self) -> list[Tensor]:
-        """The labels of the batches that have some."""
-        found = []
-        for batch in self.observed.batches:
-            try:
-                found.append(parts(batch).labels)
-            except GramianError:
-                continue
-        return [y for y in found if isinstance(y, Tensor)]
-
-    @cached_property
-    def given(self) -> list[Given]:
-        """The tensors of the batches, by key or place."""
-        compared = {key(found.target) for found in self.observed.criteria}
-        return given_of(self.observed.batches, self.observed.fed, compared)
-
-    @cached_property
-    def given_is_known(self) -> bool:
-        """Whether the model was seen to be called with tensors of the batch."""
-        return any(given.is_input for given in self.given)
-
-    @cached_property
-    def given_inputs(self) -> list[list[Tensor]]:
-        """For each batch, the tensors that the model is called with; the main input where that is not known."""
-        fed = [given for given in self.given if given.is_input]
-        if fed:
-            return [[given.values[i] for given in fed] for i in range(len(self.observed.batches))]
-        others = [given.name for given in self.given if not given.is_label and not given.is_target]
-        if len(others) > 1:
-            self.skipped["inputs beside the main one"] = (
-                f"the loss gives the model copies, so that it is not known which of {some(others, SHOWN)} it takes"
-            )
-        try:
-            return [[main_input(batch)] for batch in self.observed.batches]
-        except (GramianError, TypeError, ValueError, KeyError, IndexError):
-            return []
-
-    @cached_property
-    def given_labels(self) -> list[Tensor | None]:
-        """The labels of each batch: those with the name or place of labels; else, what only the loss takes."""
-        fed = {id(given.values[0]) for given in self.given if given.is_input}
-        found: list[Tensor | None] = []
-        for batch in self.observed.batches:
-            try:
-                found.append(labels_of(batch))
-            except (GramianError, TypeError, ValueError, KeyError, IndexError):
-                found.append(None)
-        if found and found[0] is not None and id(found[0]) not in fed:
-            return found
-        others = [given for given in self.given if given.is_target and not given.is_input]
-        return list(others[0].values) if others else [None] * len(found) if fed else found
-
-    @cached_property
-    def are_compared(self) -> bool:
-        """Whether the labels have the name of labels, or the loss is seen to compare an output with them.
-
-        Beside others that only the loss takes, an output must be seen to depend on these alone.
-        """
-        labels = self.given_labels[0] if self.given_labels else None
-        if labels is None:
-            return False
-        if self.beside_labels:
-            return any(g.values[0] is labels and g.name in self.probes.labels for g in self.given)
-        if any(given.is_label and given.values[0] is labels for given in self.given):
-            return True
-        targets = [found.target for found in self.observed.criteria]
-        return any(
-            key(t) == key(labels)
-            or (t.numel() == labels.numel() and bool((t.flatten().cpu() == labels.flatten().cpu()).all()))
-            for t in targets
-        )
-
-    @cached_property
-    def beside_labels(self) -> list[str]:
-        """What only the loss takes beside the labels, on which these may depend."""
-        labels = self.given_labels[0] if self.given_labels else None
-        others = [g for g in self.given if not g.is_input and not g.is_label and g.values[0] is not labels]
-        return [g.name for g in others] if self.given_is_known else []
-
-    @cached_property
-    def num_labels(self) -> int:
-        """The number of labels of the first batch where each sample has one; else 0."""
-        try:
-            labels = parts(self.observed.batches[0]).labels
-        except (GramianError, IndexError):
-            return 0
-        return len(labels) if isinstance(labels, Tensor) and labels.ndim == 1 else 0
 
     @cached_property
     def trained(self) -> set[str]:

@@ -30,10 +30,12 @@ MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
 # Samples are few beside so many times as many features.
 FEW = 8
 PART = 2048  # rows or columns that are multiplied at a time
+ROWS = 128  # of samples whose neighbors are looked for at a time, so that the products stay in the cache
 EULER = 0.5772156649
 # Directions that count as the inputs' structure, and how far beyond the edge of noise their variances are. The rest is
 # noise if its fourth moments, and how much the samples differ in it, are no larger than a Gaussian's by these factors.
 MOST_DIRECTIONS, BEYOND = 32, 1.2
+ROUNDING = 1e-6  # directions with less of the variance than this are none, but rounding
 TAILS, UNEVEN = 1.1, 2.0
 # Samples from which on, and p-value above which, products of the structure that are not seen are not there.
 ENOUGH, CLEARLY = 1000, 0.1
@@ -111,9 +113,9 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
     x = _standardized(x)
     gram = _gram(x)
     few, structure = _products(x[:, :num_simple]), _structure(x, gram) if num_simple > MOST_FACTORS else None
-    known = _Known([_neighbors(gram if len(x) < x.shape[1] else x @ x.T)], _principal(x, gram), few)
+    known = _Known([_neighbors(x, gram if len(x) < x.shape[1] else None)], _principal(x, gram), few)
     if structure is not None:
-        graphs = [*known.graphs, _neighbors(structure @ structure.T)]
+        graphs = [*known.graphs, _neighbors(structure)]
         known = _Known(graphs, known.linear, _products(_standardized(structure)))
 
     def shuffled(labels: Tensor) -> Tensor:
@@ -237,11 +239,17 @@ def _standardized(x: Tensor) -> Tensor:
     return x.div_(deviation.clamp(min=1e-6 * float(deviation.amax() + 1e-30))).clamp_(-5, 5)
 
 
-def _neighbors(products: Tensor) -> Tensor:
-    """Indices (N, k) of the nearest other samples, from x xᵀ."""
-    # Less the square of the distance, up to one number for each sample.
-    nearness = (2 * products).sub_(products.diagonal())
-    return nearness.fill_diagonal_(-math.inf).topk(NEIGHBORS).indices
+def _neighbors(x: Tensor, products: Tensor | None = None) -> Tensor:
+    """Indices (N, k) of the nearest other samples; `products` are x xᵀ, where these are known."""
+    half = (x.square().sum(1) if products is None else products.diagonal()) / 2
+    found, first = [], 0
+    for part in (x if products is None else products).split(ROWS):
+        # Less half the square of the distance, up to one number for each sample.
+        nearness = (part @ x.T if products is None else part) - half
+        nearness.diagonal(first).fill_(-math.inf)
+        found.append(nearness.topk(NEIGHBORS).indices)
+        first += len(part)
+    return torch.cat(found)
 
 
 @in_full_precision
@@ -255,15 +263,24 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def _principal(x: Tensor, gram: Tensor) -> Tensor:
-    """Coordinates (N, r) along the leading principal directions, of unit length."""
+    """Coordinates (N, r) along the leading principal directions, of mean zero and unit length; zero where none is left.
+
+    In float32, which turns them a little towards each other: any directions that are found without the labels make a
+    test of the right level.
+    """
     n, d = x.shape
     rank = max(1, min(n // 10, d, 32))
+    least = ROUNDING * float(gram.trace())
     if n < d:
         gram = gram - gram.mean(0)
-        return torch.linalg.eigh(gram - gram.mean(1, keepdim=True))[1][:, -rank:].float()
-    mean = x.mean(0).double()
-    u = (x - x.mean(0)).double() @ torch.linalg.eigh(gram - n * torch.outer(mean, mean))[1][:, -rank:]
-    return (u / u.norm(dim=0).clamp(min=1e-12)).float()
+        squares, u = torch.linalg.eigh((gram - gram.mean(1, keepdim=True)).float())
+    else:
+        mean = x.mean(0)
+        squares, v = torch.linalg.eigh((gram - n * torch.outer(mean, mean)).float())
+        u = (x - mean) @ v[:, -rank:]
+    u = u[:, -rank:] * (squares[-rank:] > least)
+    u = u - u.mean(0)
+    return u / u.norm(dim=0).clamp(min=1e-12)
 
 
 def _structure(x: Tensor, gram: Tensor) -> Tensor | None:
@@ -273,7 +290,10 @@ def _structure(x: Tensor, gram: Tensor) -> Tensor | None:
     """
     n, d = x.shape
     edge = float(gram.trace()) / (n * d) * (n**0.5 + d**0.5) ** 2
-    rank = int((torch.linalg.eigvalsh(gram) > BEYOND * edge).sum())
+    above = BEYOND * edge
+    if not int(torch.linalg.cholesky_ex(above * torch.eye(len(gram), dtype=gram.dtype) - gram).info):
+        return None  # all are below: the difference is positive definite
+    rank = int((torch.linalg.eigvalsh(gram) > above).sum())
     if not 2 <= rank <= min(MOST_DIRECTIONS, n // 10):
         return None
     x = x.double()
@@ -300,13 +320,16 @@ class _Known:
 
 def _statistics(known: _Known, labels: Tensor, num: int) -> Tensor:
     """The three statistics (K, 3) of each row of `labels` (K, N); five where the inputs have a structure."""
-    rows = labels.T.to(torch.int32).contiguous()  # of which those of the neighbors are gathered fastest
-    agreements = [
-        (rows[graph.flatten()].view(*graph.shape, -1) == rows[:, None]).float().mean((0, 1)) for graph in known.graphs
-    ]
-    one_hot = (labels[:, :, None] == torch.arange(num)).float()
-    centered = one_hot - one_hot.mean(1, keepdim=True)
-    fitted = (centered.mT @ known.linear).square().sum((1, 2))
-    products = known.products.T @ centered
-    of_all = [products.square().sum((1, 2))] if len(known.graphs) > 1 else []
-    return torch.stack((agreements[0], fitted, products.abs().amax((1, 2)), *agreements[1:], *of_all), dim=1)
+    rows = labels.T.to(torch.uint8).contiguous()  # classes are fewer than a fifth of the samples
+    agreements = []
+    for graph in known.graphs:
+        alike = torch.zeros_like(rows)
+        for neighbor in graph.T:
+            alike += rows.index_select(0, neighbor) == rows
+        agreements.append(alike.float().mean(0) / graph.shape[1])
+    one_hot = torch.zeros(len(labels), num, labels.shape[1]).scatter_(1, labels[:, None], 1.0)
+    # Directions and products have mean zero, so that classes need not be centered.
+    fitted = (one_hot.flatten(0, 1) @ known.linear).view(len(labels), -1).square().sum(1)
+    products = (one_hot.flatten(0, 1) @ known.products).view(len(labels), -1)
+    of_all = [products.square().sum(1)] if len(known.graphs) > 1 else []
+    return torch.stack((agreements[0], fitted, products.abs().amax(1), *agreements[1:], *of_all), dim=1)

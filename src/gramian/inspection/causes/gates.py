@@ -11,7 +11,7 @@ from torch import nn
 
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
-from gramian.inspection.passes.observed import Activation, Gate, Source
+from gramian.inspection.passes.records import Activation, Gate, Source
 from gramian.report import Action, Finding
 
 __all__ = ["RULES"]

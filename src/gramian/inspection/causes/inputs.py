@@ -13,7 +13,7 @@ from gramian.errors import GramianError
 from gramian.inspection.causes.context import Context
 from gramian.inspection.passes.given import Given, given_of, key
 from gramian.inspection.passes.moments import all_finite
-from gramian.inspection.passes.observed import Raw
+from gramian.inspection.passes.records import Raw
 from gramian.report import Finding, Severity
 
 __all__ = ["RULES"]

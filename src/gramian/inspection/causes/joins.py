@@ -234,7 +234,13 @@ def _shifted(join: Join, own: Sequence[Tensor], rest: Sequence[Sequence[Tensor]]
     mine = _Centered.of([k[:num, :num] for k in own])
     around = _around([[k[:num, :num] for k in of] for of in rest])
     known = _chance(mine, around)
-    tried = {by: _test(mine.rolled(by), around, known) for by in (*range(1, SHIFTS + 1), *range(-SHIFTS, 0))}
+
+    def test(by: int) -> tuple[float, float]:
+        if len(mine.values) <= len(around.values):
+            return _test(mine.rolled(by), around, known)
+        return _test(mine, around.rolled(-by), known)  # the same, with fewer kernels to roll
+
+    tried = {by: test(by) for by in (*range(1, SHIFTS + 1), *range(-SHIFTS, 0))}
     by, (p, z) = min(tried.items(), key=lambda item: item[1][0])
     if p > min(CERTAIN, join.p_value**2) or z < max(FAR, TIMES * join.deviations):
         return join

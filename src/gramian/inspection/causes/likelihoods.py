@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from gramian.inspection.causes.context import Context
-from gramian.inspection.passes.observed import Criterion
+from gramian.inspection.passes.records import Criterion
 from gramian.report import Finding
 
 __all__ = ["RULES"]

@@ -11,8 +11,8 @@ from gramian.batch import main_input
 from gramian.errors import GramianError, some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.passes.attention import NUM_SAMPLES
-from gramian.inspection.passes.observed import Visible
 from gramian.inspection.passes.padding import padding_of
+from gramian.inspection.passes.records import Visible
 from gramian.report import Finding, Severity
 from gramian.report.model import plural
 

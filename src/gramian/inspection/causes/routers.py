@@ -10,7 +10,7 @@ from torch import nn
 
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
-from gramian.inspection.passes.observed import Routing
+from gramian.inspection.passes.records import Routing
 from gramian.report import Action, Finding
 from gramian.report.formatting import plural
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from gramian.batch import main_input, mapped
 from gramian.inspection.experiments.replaying import Asked, are_equal, outputs_of
 from gramian.inspection.passes.given import given_of
-from gramian.inspection.passes.observed import Ends, Observed
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.records import Ends
 
 __all__ = ["is_affine"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import given_of
-from gramian.inspection.passes.observed import Ends
+from gramian.inspection.passes.records import Ends
 
 __all__ = ["Beyond", "beyond_range"]
 

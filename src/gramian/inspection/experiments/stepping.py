@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.measuring import training
 
@@ -44,7 +45,13 @@ class Steps:
 
 
 def take_steps(
-    model: nn.Module, optimizer: Optimizer, batches: Iterable[Any], objective: Objective, *, num_steps: int = NUM_STEPS
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[Any],
+    objective: Objective,
+    *,
+    num_steps: int = NUM_STEPS,
+    first: Observed | None = None,
 ) -> Steps:
     """Take a few steps on copies of a model and its optimizer.
 
@@ -53,11 +60,12 @@ def take_steps(
         batches: used in turn.
         objective: gives the loss.
         num_steps: how many steps, at most.
+        first: what a training step of the first batch showed, from which its gradients are taken if it has them.
 
     Returns: a `Steps`.
     Raises: what a step or the copy raises.
-    Cost: three training steps and a forward pass, up to `num_steps` steps where the loss rises; a copy of the model
-        and of the optimizer's state.
+    Cost: three training steps and a forward pass, of which `first` saves one; up to `num_steps` steps where the loss
+        rises; a copy of the model and of the optimizer's state.
     Source: this library's own.
     """
     given = list(batches)
@@ -71,12 +79,13 @@ def take_steps(
             if i >= FEWEST and max(taken.losses) <= (1 + _enough(taken)) * taken.losses[0]:
                 break
             stepper.zero_grad()
-            with torch.enable_grad():
-                total, units = objective.loss(twin, batch)
-                loss = total / units
-                if all(p.grad is None for p in twin.parameters()):  # else the loss has done it
-                    loss.backward()
-            taken.losses.append(float(loss.detach()))
+            if i == 0 and first is not None and first.first_gradients:
+                for n, p in twin.named_parameters():
+                    p.grad = first.first_gradients.get(n)
+                first.first_gradients = {}  # which the step may change, and whose memory is free then
+                taken.losses.append(first.first_loss)
+            else:
+                taken.losses.append(_differentiated(twin, batch, objective))
             if i == 0:
                 sizes = {n: _size(p.grad) for n, p in names.items() if p.grad is not None}
                 taken.gradient = median([size for size in sizes.values() if size != 0.0] or [0.0])
@@ -95,6 +104,16 @@ def take_steps(
             total, units = objective.loss(twin, given[0])
             taken.losses.append(float(total.detach() / units))
     return taken
+
+
+def _differentiated(model: nn.Module, batch: Any, objective: Objective) -> float:
+    """The loss, whose gradients are in `.grad` then."""
+    with torch.enable_grad():
+        total, units = objective.loss(model, batch)
+        loss = total / units
+        if all(p.grad is None for p in model.parameters()):  # else the loss has done it
+            loss.backward()
+    return float(loss.detach())
 
 
 def _enough(taken: Steps) -> float:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gramian.inspection.passes.gate_functions import DIFFERENCES, REVERSED
-from gramian.inspection.passes.observed import Draw, Observed
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.records import Draw
 
 __all__ = ["Draws"]
 

@@ -24,7 +24,8 @@ from gramian.inspection.passes.gate_functions import (
     SELF_GATED,
     SUMS,
 )
-from gramian.inspection.passes.observed import Gate, Observed
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.records import Gate
 from gramian.inspection.passes.sources import trace
 
 __all__ = ["Gating"]

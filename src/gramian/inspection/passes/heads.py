@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramian.inspection.passes.observed import Cosines, Observed
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.records import Cosines
 from gramian.operators import leaves_of
 
 __all__ = ["Heads"]

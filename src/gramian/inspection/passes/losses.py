@@ -14,7 +14,8 @@ from torch import Tensor
 from gramian.inspection.experiments.bootstrapping import is_bootstrapped, is_taught
 from gramian.inspection.passes.gate_functions import ADDITIONS, QUOTIENTS
 from gramian.inspection.passes.labeled import see_labels
-from gramian.inspection.passes.observed import Broadcast, Criterion, Ends, Observed
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.records import Broadcast, Criterion, Ends
 
 __all__ = ["VALUES", "ends_of", "labels_range", "see_loss", "see_pull", "shifted"]
 

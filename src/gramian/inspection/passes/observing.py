@@ -28,7 +28,12 @@ NUM_BATCHES = 4
 
 
 def observe(
-    model: nn.Module, batches: Iterable[Any], objective: Objective, *, num_batches: int = NUM_BATCHES
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: Objective,
+    *,
+    num_batches: int = NUM_BATCHES,
+    keeps_gradients: bool = False,
 ) -> Observed:
     """Run a few training steps without the step, and say what every module gave and got back.
 
@@ -37,6 +42,7 @@ def observe(
         batches: the first `num_batches` are read.
         objective: its loss is differentiated.
         num_batches: how many.
+        keeps_gradients: whether to keep those of the first batch, for an optimizer's first step.
 
     Returns: an `Observed`.
     Raises: what the model raises.
@@ -54,6 +60,7 @@ def observe(
                 seen.loss += loss - loss  # 0 or NaN
                 continue
             written = _versions(batch) if i == 0 else {}
+            states = [version(t) for t in _state(model)]
             total = None  # lets go of the graph of the batch before
             try:
                 with Watcher(model, seen).installed() if i == 0 else nullcontext(), torch.enable_grad():
@@ -65,7 +72,8 @@ def observe(
                 seen.error = error
                 return seen
             if reaches:
-                _differentiate(total / units, parameters, seen)
+                is_kept = keeps_gradients and i == 0 and states == [version(t) for t in _state(model)]
+                _differentiate(total / units, parameters, seen, keeps_gradients=is_kept)
             loss = float(total.detach()) / float(units)
             if i == 0:
                 seen.changed = tuple(name for name, now in _versions(batch).items() if now != written.get(name, now))
@@ -101,6 +109,13 @@ def _quickly(model: nn.Module, batch: Any, objective: Objective) -> float | None
         return None
 
 
+def _state(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers on which a pass in training mode depends: not the running statistics of batch norms."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
+    averages = {id(b) for m in norms for b in m.buffers(recurse=False)}
+    return [*model.parameters(), *(b for b in model.buffers() if id(b) not in averages)]
+
+
 def _versions(batch: Any) -> dict[str, int]:
     """How often each tensor of a batch was written into."""
     tensors = {given.name: given.values[0] for given in given_of([batch], set(), set())}
@@ -119,14 +134,19 @@ def _labels_of(model: nn.Module, batch: Any, objective: Objective) -> tuple[int,
     return labels_range(output, target)
 
 
-def _differentiate(loss: Tensor, parameters: Mapping[str, Tensor], seen: Observed) -> None:
+def _differentiate(
+    loss: Tensor, parameters: Mapping[str, Tensor], seen: Observed, *, keeps_gradients: bool = False
+) -> None:
     """Keeps the size of each parameter's gradient, from the first batch whose loss reaches it."""
     wanted = {name: p for name, p in parameters.items() if p.requires_grad}
     if not (loss.requires_grad or any(p.grad is not None for p in wanted.values())) or not wanted:
         seen.needs_gradient = bool(loss.requires_grad)
         seen.gradients |= dict.fromkeys(wanted)
         return
+    keeps_gradients = keeps_gradients and all(p.grad is None for p in wanted.values())  # the loss took no steps itself
     found = gradients_of(loss, list(wanted.values()))
+    if keeps_gradients:
+        seen.first_gradients = {n: g.clone() for n, g in zip(wanted, found, strict=True) if g is not None}
     for (name, _), grad in zip(wanted.items(), found, strict=True):
         if grad is None:
             seen.gradients.setdefault(name, None)

@@ -18,7 +18,8 @@ from gramian.inspection.passes.gate_functions import ADDITIONS
 from gramian.inspection.passes.gating import Gating
 from gramian.inspection.passes.heads import Heads
 from gramian.inspection.passes.moments import as_moments, version
-from gramian.inspection.passes.observed import Activation, Addition, Attention, Observed, Reduction, Visible
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.records import Activation, Addition, Attention, Reduction, Visible
 from gramian.inspection.passes.routing import SOFTMAX, Routings
 from gramian.inspection.passes.sources import trace
 

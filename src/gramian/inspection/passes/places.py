@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 
 from gramian.inspection.measured import Measured
-from gramian.inspection.passes.observed import Call, Observed
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.records import Call
 from gramian.report import Layer, Place
 
 __all__ = ["places"]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gramian.inspection.passes.given import key
 from gramian.inspection.passes.moments import packed
-from gramian.inspection.passes.observed import Observed, Raw
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.records import Raw
 from gramian.recording.tracking import tensors_of
 
 __all__ = ["RawData"]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramian.inspection.passes.observed import Observed, Routing, Source
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.records import Routing, Source
 from gramian.inspection.passes.sources import trace
 
 __all__ = ["SOFTMAX", "Routings"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gramian.inspection.passes.observed import Source
+from gramian.inspection.passes.records import Source
 
 __all__ = ["Trace", "trace"]
 

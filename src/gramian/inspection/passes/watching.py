@@ -24,9 +24,10 @@ from gramian.inspection.passes.given import key
 from gramian.inspection.passes.leading import Leading
 from gramian.inspection.passes.losses import ends_of, see_loss, see_pull, shifted
 from gramian.inspection.passes.moments import as_moments, first_float, packed, squares, version
-from gramian.inspection.passes.observed import Call, Cut, Ends, Observed
+from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.operations import Operations
 from gramian.inspection.passes.raw import RawData
+from gramian.inspection.passes.records import Call, Cut, Ends
 from gramian.operators import leaves_of
 from gramian.recording.taps import in_vmap
 from gramian.recording.tracking import tensors_of

@@ -21,6 +21,9 @@ __all__ = ["Quadrature", "energy_rank_interval", "largest_singular_value", "lead
 # A Ritz value counts as found where its residual is below this share of it.
 CONVERGED = 1e-2
 
+# Squares of singular values below this share of the largest are not resolved in float32.
+RESOLVED = 1e-4
+
 # Standard errors by which the mean weight of close values may exceed 1, the mean weight of a single value.
 WEIGHT_ERRORS = 5.0
 
@@ -116,8 +119,9 @@ def largest_singular_value(w: Float[Tensor, "m n"]) -> float:
 def leading_vectors(w: Float[Tensor, "m n"], count: int) -> tuple[Float[Tensor, "n k"], Float[Tensor, " k"]]:
     """Return the leading right singular vectors and their values, in float64.
 
-    Exactly, from the Gram matrix's eigenvectors, for a side of at most 1024; else from 9 steps of block Lanczos on
-    `count + 8` vectors. Scaled by the largest entry, so that any dtype's range is safe.
+    For a side of at most 1024 from the Gram matrix's eigenvectors, in float32 where these resolve the values; else
+    from 9 steps of block Lanczos on `count + 8` vectors. Within these directions they are exact. Scaled by the largest
+    entry, so that any dtype's range is safe.
 
     Args:
         w: `(m, n)`, finite.
@@ -127,18 +131,21 @@ def leading_vectors(w: Float[Tensor, "m n"], count: int) -> tuple[Float[Tensor, 
     """
     unit = float(w.abs().max()) or 1.0
     m, n = w.shape
+    x, width = (w / unit).float(), min(count + 8, n, m)
     if n <= 1024:
-        x = w.double() / unit
-        values, vectors = torch.linalg.eigh(x.mT @ x)
-        return vectors[:, -count:].flip(1), values[-count:].flip(0).clamp_min(0.0).sqrt() * unit
-    x = (w / unit).float()
-    generator = torch.Generator(w.device).manual_seed(0)
-    start = torch.randn(n, min(count + 8, n, m), device=w.device, generator=generator).mT[None]
-    found = _run(x, start, 9)
-    s = krylov.ritz_pairs(found)[1]
-    basis = s[0, :, -start.shape[1] :].mT @ found.rows[0].double()
-    # The singular values of W restricted to the leading Ritz vectors.
-    _, values, v = torch.linalg.svd((x @ basis.float().mT).double(), full_matrices=False)
+        squares, vectors = torch.linalg.eigh(x.mT @ x)
+        if squares[-count] < RESOLVED * squares[-1]:
+            x = w.double() / unit
+            squares, vectors = torch.linalg.eigh(x.mT @ x)
+        basis = vectors[:, -width:].mT.double()
+    else:
+        generator = torch.Generator(w.device).manual_seed(0)
+        start = torch.randn(n, width, device=w.device, generator=generator).mT[None]
+        found = _run(x, start, 9)
+        s = krylov.ritz_pairs(found)[1]
+        basis = s[0, :, -width:].mT @ found.rows[0].double()
+    # The singular values of W restricted to these vectors.
+    _, values, v = torch.linalg.svd((x @ basis.to(x.dtype).mT).double(), full_matrices=False)
     return (v @ basis).mT[:, :count], values[:count] * unit
 
 

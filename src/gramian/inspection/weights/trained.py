@@ -23,6 +23,7 @@ LEVEL = 1e-7
 
 SIDE = 512  # rows and columns that are looked at, evenly spaced: a part of a matrix of independent entries is one too
 LEAST_ENTRIES = 64
+IN_CACHE = 2**16  # entries of matrices of one shape that are tested together
 
 # Entries beyond so many standard deviations are clipped: torch's trunc_normal_ gives one in some 10⁷ that is at the
 # ends of its interval, a hundred deviations out.
@@ -96,11 +97,13 @@ def signs_of(
             if sample is not None:
                 matrices.setdefault(tuple(sample[0].shape), []).append((block.name, *sample))
     found: dict[str, str] = {}
-    for same in matrices.values():
-        names, samples, largest = zip(*same, strict=True)
-        for name, why in zip(names, _judge(torch.stack(samples), largest), strict=True):
-            if why:
-                found.setdefault(name, why)
+    for shape, same in matrices.items():
+        together = max(1, IN_CACHE // math.prod(shape))
+        for first in range(0, len(same), together):
+            names, samples, largest = zip(*same[first : first + together], strict=True)
+            for name, why in zip(names, _judge(torch.stack(samples), largest), strict=True):
+                if why:
+                    found.setdefault(name, why)
     return [Sign(*item) for item in found.items()] + list(_moved_norms(model))
 
 
@@ -111,7 +114,7 @@ def _sample(w: Tensor, known: Sequence[float]) -> tuple[Tensor, float | None] | 
     """
     (m, n), whole = w.shape, w.numel()
     w = w[:: -(-m // SIDE) or 1, :: -(-n // SIDE) or 1].double()
-    if bool((w == 0).any()):
+    if int(torch.count_nonzero(w)) < w.numel():
         w = w[(w != 0).any(1)][:, (w != 0).any(0)]  # kernels of one tap
     if w.numel() < LEAST_ENTRIES:
         return None
