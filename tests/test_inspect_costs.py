@@ -182,18 +182,18 @@ class Averaging(nn.Module):
 
 @pytest.mark.parametrize(("norm", "is_kept"), [(nn.BatchNorm1d(3), True), (Averaging(), False)])
 def test_the_first_step_has_the_gradients_of_the_watched_one(norm: nn.Module, is_kept: bool) -> None:
-    model = nn.Sequential(nn.Linear(4, 3), norm, nn.Linear(3, 2))
+    model = nn.Sequential(nn.Linear(4, 3), norm, nn.Dropout(), nn.Linear(3, 2))
     batches = [(torch.randn(16, 4, generator=seeded(i)), torch.arange(16) % 2) for i in range(3)]
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
     objective = gm.Objective.classification()
     alone = take_steps(model, optimizer, batches, objective)
     observed = observe(model, batches, objective, keeps_gradients=True)
-    assert (set(observed.first_gradients) == {n for n, _ in model.named_parameters()}) is is_kept
+    assert (observed.first_step is not None) is is_kept
     calls: list[int] = []
     counted = gm.Objective(lambda m, b: calls.append(1) or m(b[0]), objective.criterion)
     taken = take_steps(model, optimizer, batches, counted, first=observed)
     assert len(calls) == len(alone.losses) - is_kept
     assert taken.losses == pytest.approx(alone.losses)
     assert taken.changes == pytest.approx(alone.changes)
-    assert not observed.first_gradients
+    assert observed.first_step is None
     assert all(p.grad is None for p in model.parameters())

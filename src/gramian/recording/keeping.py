@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Kept", "keeping", "kept_random", "own_gradients", "seed_torch", "seeded"]
+__all__ = ["Kept", "keeping", "kept_random", "noted_random", "own_gradients", "seed_torch", "seeded"]
 
 # How far objects and containers in a module's attributes are followed.
 DEPTH = 4
@@ -252,16 +252,40 @@ def kept_random() -> Iterator[None]:
     >>> torch.equal(first[0], torch.rand(3)), first[1] == random.random()
     (True, True)
     """
-    with ExitStack() as inside:
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            inside.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
-        else:
-            inside.enter_context(torch.random.fork_rng([]))
-        if torch.backends.mps.is_available():
-            inside.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
-        inside.callback(random.setstate, random.getstate())
-        inside.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 (the global one)
+    put_back = noted_random()
+    try:
         yield
+    finally:
+        put_back()
+
+
+def noted_random() -> Callable[[], None]:
+    """Notes the random states that `kept_random` keeps.
+
+    Returns: a function that makes them what they are now.
+    Raises: nothing of its own.
+    Cost: a copy of the states.
+    Source: this library's own.
+
+    >>> put_back = noted_random()
+    >>> first = torch.rand(3)
+    >>> put_back()
+    >>> torch.equal(first, torch.rand(3))
+    True
+    """
+    undo: list[Callable[[], Any]] = [partial(torch.set_rng_state, torch.get_rng_state())]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        undo.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if torch.backends.mps.is_available():
+        undo.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    undo.append(partial(random.setstate, random.getstate()))
+    undo.append(partial(np.random.set_state, np.random.get_state()))  # noqa: NPY002 (the global one)
+
+    def put_back() -> None:
+        for one in undo:
+            one()
+
+    return put_back
 
 
 def seed_torch(seed: int) -> None:

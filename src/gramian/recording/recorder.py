@@ -71,9 +71,7 @@ class Recorder(TorchFunctionMode):
         self.running: list[str] = []  # names of the tied parameters whose modules are running, innermost last
         self.paused = 0  # parametrizations that are being computed
         self.failed: list[tuple[Site, str]] = []
-        self.sides: dict[
-            tuple, tuple[Side, Side] | None
-        ] = {}  # of uses like those before, of a recurrence, say
+        self.sides: dict[tuple, tuple[Side, Side] | None] = {}  # of uses like those before, of a recurrence, say
 
     def begin(self, current: Pass, mask: Tensor | None = None) -> None:
         """Starts a forward pass: uses from now on belong to it. Rows outside the mask are left out of A."""

@@ -79,10 +79,11 @@ def take_steps(
             if i >= FEWEST and max(taken.losses) <= (1 + _enough(taken)) * taken.losses[0]:
                 break
             stepper.zero_grad()
-            if i == 0 and first is not None and first.first_gradients:
+            if i == 0 and first is not None and first.first_step is not None:
                 for n, p in twin.named_parameters():
-                    p.grad = first.first_gradients.get(n)
-                first.first_gradients = {}  # which the step may change, and whose memory is free then
+                    p.grad = first.first_step.gradients.get(n)
+                first.first_step.set_random()
+                first.first_step = None  # the step may change the gradients, and their memory is free then
                 taken.losses.append(first.first_loss)
             else:
                 taken.losses.append(_differentiated(twin, batch, objective))

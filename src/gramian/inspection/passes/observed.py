@@ -19,6 +19,7 @@ from gramian.inspection.passes.records import (
     Cut,
     Draw,
     Ends,
+    FirstStep,
     Gate,
     Raw,
     Reduction,
@@ -47,8 +48,8 @@ class Observed:
         visible: keys that attention sees, where it has a mask.
         gradients: root mean square of the loss's gradient by parameter; `None` where it does not reach the parameter.
         zero_gradients: share of exact zeros in it.
-        first_gradients: that of the first batch, by parameter, where it is asked for and the pass changed nothing that
-            the next one depends on.
+        first_step: gradients of the first batch, where they are asked for and the pass changed nothing on which the
+            next one depends.
         used: order of the first operation that takes each parameter; those that are missing take part in nothing.
         called: names of the modules whose forward ran.
         logits: what cross-entropy was applied to, as float32, from the first batch.
@@ -117,7 +118,7 @@ class Observed:
     cuts: list[Cut] = field(default_factory=list)
     gradients: dict[str, float | None] = field(default_factory=dict)
     zero_gradients: dict[str, float] = field(default_factory=dict)
-    first_gradients: dict[str, Tensor] = field(default_factory=dict)
+    first_step: FirstStep | None = None
     used: dict[str, int] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
     statistics: dict[str, tuple[float, float]] = field(default_factory=dict)

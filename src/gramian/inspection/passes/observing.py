@@ -17,8 +17,10 @@ from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.losses import labels_range
 from gramian.inspection.passes.moments import version
 from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.records import FirstStep
 from gramian.inspection.passes.watching import Watcher
 from gramian.objective import Objective
+from gramian.recording.keeping import noted_random
 from gramian.recording.measuring import batch_statistics, evaluating, training
 
 __all__ = ["NUM_BATCHES", "observe"]
@@ -146,7 +148,8 @@ def _differentiate(
     keeps_gradients = keeps_gradients and all(p.grad is None for p in wanted.values())  # the loss took no steps itself
     found = gradients_of(loss, list(wanted.values()))
     if keeps_gradients:
-        seen.first_gradients = {n: g.clone() for n, g in zip(wanted, found, strict=True) if g is not None}
+        gradients = {n: g.clone() for n, g in zip(wanted, found, strict=True) if g is not None}
+        seen.first_step = FirstStep(gradients, noted_random())
     for (name, _), grad in zip(wanted.items(), found, strict=True):
         if grad is None:
             seen.gradients.setdefault(name, None)

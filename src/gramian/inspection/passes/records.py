@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "Cut",
     "Draw",
     "Ends",
+    "FirstStep",
     "Gate",
     "Raw",
     "Reduction",
@@ -194,6 +196,16 @@ class Ends:
     low: float
     high: float
     size: int = 0  # of a softmax: over how many values
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """A training step up to its gradients, copies of them by parameter; `set_random` makes the random states what they
+    were then.
+    """
+
+    gradients: Mapping[str, Tensor]
+    set_random: Callable[[], None]
 
 
 @dataclass(frozen=True)
