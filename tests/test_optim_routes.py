@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import gramian as gm
 from gramian.errors import GramianWarning, InputError
 from gramian.optim import SOAP, Muon, Shampoo
 from gramian.optim.untold import MOST_LEFT
@@ -124,3 +127,24 @@ def test_what_is_a_matrix_for_its_role_keeps_its_own_layout() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 3))
     row = {r["name"]: r for r in Muon(model, routes={"1.weight": "matrix"}).explain()}["1.weight"]
     assert row["matrices"] == "36 × 8"
+
+
+def test_what_a_pass_uses_entry_by_entry_can_be_told_from_its_capture() -> None:
+    """Two parameters that neither class, name nor shape tells apart: one is multiplied as a matrix."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = nn.Linear(8, 32), nn.Linear(32, 3)
+            self.inner, self.outer = (nn.Parameter(torch.randn(16, 32)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = (self.enter(x)[:, None] * self.inner).mean(1)
+            return self.leave((h @ self.outer.mT) @ self.outer)
+
+    model, batch = Mixed(), (torch.randn(5, 8), torch.randn(5, 3))
+    stats = gm.capture(model, [batch], gm.Objective.regression())
+    routes: dict[str, Any] = {name: "adamw" for name in stats.other_uses if all(site.A is None for site in stats[name])}
+    directions = {row["name"]: row["direction"] for row in gm.optim.Muon(model, routes=routes).explain()}
+    assert routes == {"inner": "adamw"}
+    assert (directions["inner"], directions["outer"]) == ("adamw", "matrix")

@@ -160,15 +160,15 @@ def test_the_page_works(tmp_path: Path, width: int) -> None:
     assert told["counted"] == "1 of 4 findings"
     assert told["bySeverity"] == ["rank-deficient", "dead-units", "noise-only"]
     assert (told["again2"], told["open"]) == (4, 0)
-    assert told["heat"].startswith("0: layers.0.linear")
+    assert told["heat"].startswith("layers.0.linear")
     assert told["whole"] == told["again"] == "-0.5 0 60 1"
-    assert told["last"].startswith("59: layers.59. signal")
-    assert told["second"].startswith("1: layers.1. ")
+    assert told["last"].startswith("layers.59. signal")
+    assert told["second"].startswith("layers.1. ")
     assert told["zoomed"] == "-0.5 0 30 1"
-    assert told["shown"] == "Shown: 0 to 29 of 60, layers.0 … layers.29"
+    assert told["shown"] == "Shown: 30 of 60, layers.0 … layers.29"
     drawn = (
         360 if width < 500 else 960
     )  # the middle of the drawing, less the labels on its left and the room on its right
-    assert told["tip"].startswith(f"{int((drawn / 2 - 52) / (drawn - 64) * 60)}: layers.")
+    assert told["tip"].startswith(f"layers.{int((drawn / 2 - 52) / (drawn - 64) * 60)}")
     assert (told["descending"], told["ascending"]) == ("layers.0.linear", "layers.59.linear")
     assert told["filtered"] == ["layers.7.linear"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -115,15 +114,6 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 # --- the suggestion ---------------------------------------------------------------------------------------------------
 
 
-def test_gradient_descent_on_a_parabola_finds_the_exact_line_minimum():
-    model, (batch, _) = linear_regression()
-    x, y = batch
-    gradient = (x @ model.weight.detach().T - y).T @ x / len(x)
-    pushed = x @ gradient.T
-    exact = float(gradient.square().sum() / (pushed.square().sum() / len(x)))
-    assert gm.suggest_lr(model, batch, REGRESS, optimizer="sgd").line == pytest.approx(exact, rel=1e-10)
-
-
 def test_gradient_descent_on_a_parabola_stays_below_the_stable_rate():
     model, batches = linear_regression()
     x = batches[0][0]
@@ -141,7 +131,6 @@ def test_the_rate_of_gradient_descent_takes_the_loss_s_unit(scale: float):
 
     one = gm.suggest_lr(model, batches, scaled, optimizer="sgd")
     plain = gm.suggest_lr(other, batches, REGRESS, optimizer="sgd")
-    assert one.line * scale == pytest.approx(plain.line, rel=1e-8)
     assert one.lr * scale == pytest.approx(plain.lr, rel=1e-4)
 
 
@@ -154,14 +143,6 @@ def test_the_rate_of_muon_does_not_know_the_loss_s_unit():
     assert one == pytest.approx(other, rel=0.05)  # AdamW's ε, at the head, has the loss's unit
 
 
-def test_noise_lowers_the_line_s_minimum():
-    clean, noisy = (linear_regression(noise=noise) for noise in (0.0, 20.0))
-    rates = [gm.suggest_lr(model, batches, REGRESS, optimizer="sgd").line for model, batches in (clean, noisy)]
-    alone = gm.suggest_lr(noisy[0], noisy[1][0], REGRESS, optimizer="sgd").line
-    assert rates[1] < 0.8 * rates[0]
-    assert rates[1] < 0.8 * alone
-
-
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("name", ["mlp", "mlp_regression", "batchnorm_cnn", "gru", "gpt2"])
 def test_the_suggestion_lowers_the_loss_of_a_batch_it_was_not_made_on(name: str, optimizer: str):
@@ -170,7 +151,7 @@ def test_the_suggestion_lowers_the_loss_of_a_batch_it_was_not_made_on(name: str,
     objective = getattr(gm.Objective, case.objective)()
     found = gm.suggest_lr(model, batches[:3], objective, optimizer=optimizer, num_steps=6)
     assert 0 < found.range[0] <= found.lr <= found.range[1] < math.inf
-    assert dict(found.rehearsed)[found.lr] < found.before
+    assert min(dict(found.rehearsed).values()) < found.before
     total, units = objective.loss(model, batches[3])
     before = float(total.detach() / units)
     make = {"muon": lambda: gm.optim.Muon(model, lr=found.lr)}
@@ -190,18 +171,13 @@ def test_the_zoo_gets_a_rate(name: str, optimizer: str):
     """Each model with one of the optimizers in turn: what they share is what takes the time."""
     case = ZOO[name]
     objective = getattr(gm.Objective, case.objective)()
+    if name == "deep_tanh_mlp":  # whose signal vanishes: eight steps tell nothing
+        with pytest.raises(InputError, match="lowers the held-out loss"):
+            gm.suggest_lr(case.make_model(0), case.make_batches(0), objective, optimizer=optimizer)
+        return
     found = gm.suggest_lr(case.make_model(0), case.make_batches(0), objective, optimizer=optimizer)
     assert 0 < found.lr < math.inf
     assert found.rehearsed == tuple(sorted(found.rehearsed))
-
-
-def test_where_the_rest_learns_all_alone_it_moves_less_often():
-    """What the rest gains beside the smallest rate counts as its own; from then on the matrices have to gain."""
-    case = ZOO["transformer_lm"]
-    found = gm.suggest_lr(case.make_model(0), case.make_batches(0), gm.Objective.next_token(), optimizer="muon")
-    assert "learns all alone, moves in every fourth only" in found.why
-    losses = dict(found.rehearsed)
-    assert losses[found.lr] < losses[min(losses)] - 0.01 * found.before
 
 
 @pytest.mark.parametrize("name", ["batchnorm_cnn", "gpt2"])
@@ -226,42 +202,30 @@ def test_asking_twice_gives_the_same_rate_with_dropout():
     assert gm.suggest_lr(model, batches, CLASSIFY, num_steps=3) == first
 
 
-def test_noise_on_the_plateau_of_too_large_rates_is_no_minimum():
-    losses = {40.0: 0.99, 12.6: 1.01, 4.0: 1.02, 1.26: 0.5, 0.4: 0.7, 0.126: 0.9}  # one before any step
+class Told(Rehearsals):
+    """Rehearsals whose losses are told, by rate; the loss is one before any step."""
 
-    class Told(Rehearsals):
-        def __init__(self) -> None:
-            self.losses = {}
+    def __init__(self, losses: dict[float, float]) -> None:
+        self.told, self.before, self.losses = losses, [1.0], {}
 
-        def _rehearse(self, lr: float) -> float:
-            self.losses[lr] = min((abs(math.log(lr / rate)), loss) for rate, loss in losses.items())[1]
-            return self.losses[lr]
-
-    assert Told()._search(40.0, base=1.0) == pytest.approx(1.26, rel=0.01)
+    def _rehearse(self, lr: float) -> None:
+        self.losses[lr] = [min((abs(math.log(lr / rate)), loss) for rate, loss in self.told.items())[1]]
 
 
-def test_a_small_minimum_before_the_real_one_is_passed() -> None:
-    """Measured on a residual network: small rates only fit the head's biases, and a bump lies above them."""
-    losses = {
-        3e-5: 2.2846,
-        1e-4: 2.2842,
-        3e-4: 2.2833,
-        1e-3: 2.2833,
-        3e-3: 2.2839,
-        1e-2: 2.1561,
-        3e-2: 2.1127,
-        1e-1: 2.3,
-    }
-
-    class Told(Rehearsals):
-        def __init__(self) -> None:
-            self.losses = {}
-
-        def _rehearse(self, lr: float) -> float:
-            self.losses[lr] = min((abs(math.log(lr / rate)), loss) for rate, loss in losses.items())[1]
-            return self.losses[lr]
-
-    assert Told()._search(2.7e-3, base=2.2848) == pytest.approx(2.7e-2, rel=0.1)
+@pytest.mark.parametrize(
+    ("losses", "tried", "top"),
+    [
+        ({1: 0.5, 3.2: 0.5, 10: 2.0}, (1, 3.2, 10), 10 ** (0.5 + 0.5 * 0.2 / 2)),  # upward, to where it fails
+        ({0.1: 0.9, 0.32: 0.6, 1: 0.8, 3.2: math.inf}, (0.1, 0.32, 1, 3.2), 10 ** (-0.5 + 0.5 * 0.2 / 0.5)),  # down
+        ({0.01: 0.95, 0.032: 0.9, 0.1: math.nan}, (0.01, 0.032, 0.1, 0.32, 1, 3.2), 0.0355),  # from where all fail
+        ({0.32: 0.99, 1: 0.5}, (1, 3.2, 10, 32, 100, 316), 316),  # no rate is too large: it stops all the same
+    ],
+)
+def test_the_search_goes_to_where_the_gain_ends(losses: dict[float, float], tried: tuple, top: float) -> None:
+    told = Told(losses)
+    told._search(1.0)
+    assert sorted(told.losses) == pytest.approx(tried, rel=0.02)
+    assert told._top() == pytest.approx(top, rel=0.02)
 
 
 # --- what trains ------------------------------------------------------------------------------------------------------
@@ -349,7 +313,7 @@ def test_rounding_is_no_gain(name: str, optimizer: str) -> None:
         except InputError as error:
             assert "lowers the held-out loss" in str(error)  # noqa: PT017
         else:
-            assert found.before - dict(found.rehearsed)[found.lr] > 1e-5 * found.before
+            assert found.before - min(dict(found.rehearsed).values()) > 1e-5 * found.before
 
 
 def test_a_failure_changes_nothing_either():
@@ -379,7 +343,7 @@ def test_the_text_says_how():
     model, batches = linear_regression()
     text = str(gm.suggest_lr(model, batches, REGRESS, optimizer="sgd"))
     assert text.startswith("lr = ")
-    assert "Gauss–Newton, training mode" in text
+    assert "training mode, 2 batches" in text
     assert "one batch" in str(gm.suggest_lr(model.eval(), batches[0], REGRESS, optimizer="sgd"))
 
 
@@ -398,20 +362,6 @@ def test_a_loss_may_use_autograd():
         return out + torch.autograd.grad(out, x, create_graph=True)[0].square().sum()
 
     assert gm.suggest_lr(model, x, penalized, optimizer="adamw", num_steps=2).lr > 0
-
-
-def test_what_the_rest_gains_alone_is_not_the_rate_s():
-    """A hidden matrix whose direction does not help: only the head, at AdamW's fixed rate, lowers the loss."""
-    model, batch = tiny(dtype=torch.float32)
-    apart = [batch, (batch[0].clone(), batch[1])]
-
-    def opposed(model: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
-        held = b[0] is apart[1][0]
-        hidden = model[2].weight.square().sum()
-        return nn.functional.cross_entropy(model[3:](model[:3](b[0]).detach()), b[1]) + (0.1 if held else -0.1) * hidden
-
-    with pytest.raises(InputError, match="gains more than the parameters that do not follow lr"):
-        gm.suggest_lr(model, apart, opposed, num_steps=4)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -457,22 +407,6 @@ def test_a_loss_that_no_rate_lowers_is_refused():
         gm.suggest_lr(model, apart, sloped, num_steps=2)
 
 
-def test_where_the_rest_ruins_every_rate_it_moves_less_before_the_question_is_refused():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
-    x = torch.randn(160, 6, generator=seeded(1))
-    batches = list(zip(x.split(32), x[:, :3].sin().split(32), strict=True))
-    told: list[float] = []
-    make = partial(gm.optim.Muon, rest_lr=30.0)
-    found = gm.suggest_lr(
-        net, batches, gm.Objective.regression(), optimizer=make, progress=lambda rate, loss: told.append(rate)
-    )
-    assert "stays" in found.why
-    assert dict(found.rehearsed)[found.lr] < found.before
-    assert {rate for rate, _ in found.rehearsed} <= set(told)
-    assert len(told) > len(found.rehearsed)  # the paces before
-
-
 def test_optimizers_without_a_direction_are_refused():
     model, batch = tiny(dtype=torch.float32)
     for optimizer in (
@@ -483,9 +417,17 @@ def test_optimizers_without_a_direction_are_refused():
             gm.suggest_lr(model, batch, CLASSIFY, optimizer=optimizer)
 
 
-def test_an_operation_without_a_second_derivative_is_named():
+def test_an_operation_without_a_second_derivative_gets_a_rate():
     model = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 4), nn.Linear(4, 3))
     batch = (torch.randint(10, (8, 5), generator=seeded(0)), torch.zeros(8, dtype=torch.long))
-    with pytest.raises(UnsupportedError, match="embedding_bag"):
-        gm.suggest_lr(model, batch, CLASSIFY, optimizer="adamw")
-    assert gm.suggest_lr(model, batch, CLASSIFY, num_steps=2).lr > 0  # Muon's rate is not that of the table
+    for optimizer in ("adamw", "muon"):
+        assert gm.suggest_lr(model, batch, CLASSIFY, optimizer=optimizer, num_steps=2).lr > 0
+
+
+def test_the_cost_is_that_of_few_steps():
+    """Backward passes are counted: eight for each rate, and one for the first gradient."""
+    model, data = perceptron(), series(12, seed=5)
+    calls: list[int] = []
+    next(model.parameters()).register_hook(lambda _: calls.append(1))
+    found = gm.suggest_lr(model, data, CLASSIFY, optimizer="muon")
+    assert len(calls) == 1 + 8 * len(found.rehearsed) <= 49

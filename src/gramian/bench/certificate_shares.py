@@ -21,7 +21,7 @@ SHARE, BACKWARD, FIRST = 1.1, 0.6, 0.3
 """The goals: times the same route without a certificate, times torch's backward pass, seconds."""
 
 
-def _matrices(n: int, kappa: float) -> tuple[Tensor, Tensor]:
+def matrices(n: int, kappa: float) -> tuple[Tensor, Tensor]:
     """A symmetric and a general float32 matrix with logarithmically spaced spectra."""
     spectrum = torch.logspace(0, -torch.tensor(kappa).log10().item(), n, dtype=torch.float64)
     spd, general = (
@@ -33,11 +33,11 @@ def _matrices(n: int, kappa: float) -> tuple[Tensor, Tensor]:
     return ((spd + spd.mT) / 2).float(), general.float()
 
 
-def shares(repeats: int) -> Row:
+def shares(repeats: int, n: int = N) -> Row:
     """Every certified function with and without its certificate, by the method that "auto" takes."""
-    m, a = _matrices(N, 100.0)
-    i = torch.arange(1, N + 1, dtype=torch.float64)
-    decaying = random.with_spectrum(N, N, spectrum=i**-0.5, generator=torch.Generator().manual_seed(0))
+    m, a = matrices(n, 100.0)
+    i = torch.arange(1, n + 1, dtype=torch.float64)
+    decaying = random.with_spectrum(n, n, spectrum=i**-0.5, generator=torch.Generator().manual_seed(0))
     calls: dict[str, Callable[..., Any]] = {
         "inv": lambda **o: linalg.inv_ex(a, **o),
         "solve": lambda **o: linalg.solve_ex(a, a[:, :1], **o),
@@ -49,7 +49,7 @@ def shares(repeats: int) -> Row:
         "pinv": lambda **o: linalg.pinv_ex(a, **o),
         "spectral_norm": lambda **o: linalg.spectral_norm_ex(a, **o),
         "cond": lambda **o: linalg.cond_ex(a, **o),
-        "svd_lowrank": lambda **o: linalg.svd_lowrank_ex(decaying, 16, **o),
+        "svd_lowrank": lambda **o: linalg.svd_lowrank_ex(decaying, n // 32, **o),
     }
     measured, goals = [], []
     for name, call in calls.items():
@@ -58,20 +58,22 @@ def shares(repeats: int) -> Row:
         measured.append(Measurement(name, times["certified"].median, None, method))
         measured.append(Measurement(f"{name}, certify=False", times["bare"].median))
         goals.append((Goal(f"{name}: certified ÷ not", "<=", SHARE), times["certified"].median / times["bare"].median))
-    return Row(f"the certificate's share, {N}×{N} float32, κ 100", "", tuple(measured), tuple(goals))
+    return Row(f"the certificate's share, {n}×{n} float32, κ 100", "", tuple(measured), tuple(goals))
 
 
-def _pullback(function: Callable[[Tensor], Tensor], at: Tensor, weights: Tensor) -> Callable[[], Any]:
+Function = Callable[[Tensor], Tensor]
+
+
+def pullback(function: Function, at: Tensor, weights: Tensor) -> Callable[[], Any]:
     """The backward pass of a function that has been evaluated."""
     x = at.clone().requires_grad_()
     value = function(x)
     return lambda: torch.autograd.grad(value, x, weights, retain_graph=True)
 
 
-def backward(repeats: int) -> Row:
-    """The backward pass of roots and polar factors against torch's through eigh and svd."""
-    m, a = _matrices(N, 100.0)
-    weights = random.normal(N, N, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+def pairs() -> dict[str, tuple[Tensor, Function, Function]]:
+    """Functions with a backward pass: a matrix of side `N`, ours, and the same through torch's eigh or svd."""
+    m, a = matrices(N, 100.0)
 
     def root(x: Tensor, power: float) -> Tensor:
         w, v = torch.linalg.eigh(x)
@@ -81,14 +83,19 @@ def backward(repeats: int) -> Row:
         u, _, vh = torch.linalg.svd(x, full_matrices=False)
         return u @ vh
 
-    pairs: dict[str, tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    return {
         "inv_root": (m, lambda x: linalg.inv_root(x, 2), lambda x: root(x, -0.5)),
         "sqrtm": (m, linalg.sqrtm, lambda x: root(x, 0.5)),
         "polar": (a, linalg.polar, polar),
     }
+
+
+def backward(repeats: int) -> Row:
+    """The backward pass of roots and polar factors against torch's through eigh and svd."""
+    weights = random.normal(N, N, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     measured, goals = [], []
-    for name, (matrix, ours, torchs) in pairs.items():
-        passes = {"gramian": _pullback(ours, matrix, weights), "torch": _pullback(torchs, matrix, weights)}
+    for name, (matrix, ours, torchs) in pairs().items():
+        passes = {"gramian": pullback(ours, matrix, weights), "torch": pullback(torchs, matrix, weights)}
         times = computing(passes, repeats=max(repeats, 5))
         measured += [Measurement(f"{name}, {who}", t.median) for who, t in times.items()]
         goals.append(
@@ -125,5 +132,10 @@ def first_call(repeats: int) -> Row:
     )
 
 
-TASKS: dict[str, Callable[[int], Row]] = {"certificates": shares, "backward": backward, "first_call": first_call}
+TASKS: dict[str, Callable[[int], Row]] = {
+    "certificates": shares,
+    "certificates_256": lambda repeats: shares(repeats, 256),
+    "backward": backward,
+    "first_call": first_call,
+}
 """Name of a task, and the function that measures it: number of repeats → row."""

@@ -32,7 +32,7 @@ __all__ = ["HALF_DECADE", "MOST_RATES", "grid", "rows"]
 
 NUM_STEPS = 60
 NUM_STEPS_LONG = 400
-NUM_BATCHES = 5  # that a suggestion sees: four train, one judges
+NUM_BATCHES = 12  # that a suggestion sees: eight train, four judge
 
 NUM_STEPS_WIDE = 30  # a step of Muon at width 1024 takes seconds on one core
 WIDTHS = (64, 128, 256, 512, 1024)
@@ -126,7 +126,7 @@ def _suggestion(network: str, optimizer: str, steps: int, name: str) -> Row:
     scores = grid(score, who.first)
     best = min(scores, key=lambda rate: scores[rate])
     found = suggest_lr(task.model(), task.batches(NUM_BATCHES), task.objective, optimizer=who.make)
-    others = {"suggest_lr": found.lr, "the first direction alone": found.line, "usual rate": who.usual}
+    others = {"suggest_lr": found.lr, "where it started": found.start, "usual rate": who.usual}
     losses = ", ".join(f"{rate:.2g}: {loss:.3g}" for rate, loss in scores.items())
     measured = [Measurement("best of the grid", None, 1.0, f"rate {best:.2g}; {losses}")]
     figures = {}

@@ -224,6 +224,7 @@ def _measure_signal(
         measured.skipped |= {SIGNAL: f"the loss fails: {in_words(observed.error)}"}
         return list(labels_in_range(context))
     measured.entries = observed.entries
+    measured.takes_data = frozenset(raw.name for raw in observed.raw)
     measured.is_recurrent = context.is_recurrent
     measured.looked_at += ["data", "loss", "modules in training steps"]
     try:

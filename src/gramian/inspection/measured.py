@@ -34,6 +34,7 @@ class Measured:
         has_learned: whether the loss is far below that of an output that is the same for all samples.
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
         varies: whether outputs are known to differ between samples.
+        takes_data: names of the layers that take data as they are.
         is_recurrent: whether the first layer is used again and again, as for each step of a sequence.
         buffers: names of the buffers that are no statistics of batches.
         lost_by: what made weights NaN or infinite, as far as it was found.
@@ -61,6 +62,7 @@ class Measured:
     frozen: frozenset[str] = frozenset()
     entries: frozenset[str] = frozenset()
     varies: bool = False
+    takes_data: frozenset[str] = frozenset()
     is_recurrent: bool = False
     buffers: frozenset[str] = frozenset()
     lost_by: Finding | None = None

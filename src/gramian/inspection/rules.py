@@ -89,24 +89,31 @@ def non_finite_signal(measured: Measured) -> Iterator[Finding]:
 def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
     """Find the depth from which on all samples look the same."""
     sites = [(s.name, s.A) for s in _sites(measured) if _single(s.A) and s.A.count > 1]
-    varying = [(n, _variation(a)) for n, a in sites[1:]]
-    lost = [n for n, share in varying if share is not None and share < VARIATION_FLOOR]
-    if lost:
-        reaches_head = lost[-1] == varying[-1][0]
-        first = [n for n, _ in sites].index(lost[0])
-        yield Finding(
-            "samples-indistinguishable",
-            "error" if reaches_head else "warning",
-            f"From layer {first + 1} on, all samples look the same"
-            if reaches_head
-            else f"{len(lost)} layers get inputs that are the same for all samples",
-            where=f"{lost[0]} … {lost[-1]}" if len(lost) > 1 else lost[0],
-            evidence=f"the input of {lost[0]} varies between samples by less than {math.sqrt(VARIATION_FLOOR):.1%} of "
-            "its size, the resolution of float32 sums",
-            cause="Each layer shrinks the differences between samples, until only the biases are left.",
-            action=ISOMETRIC,
-            source="Schoenholz et al. 1611.01232, §3",
-        )
+    varying = [(n, _variation(a)) for n, a in sites]
+    same = [n for n, share in varying if share is not None and share < VARIATION_FLOOR]
+    lost = [n for n, share in varying[1:] if share is not None and share < VARIATION_FLOOR]
+    if not lost:
+        return
+    given = [n for n in same if n == sites[0][0] or n.rpartition(".")[0] in measured.takes_data]
+    reaches_head = lost[-1] == varying[-1][0]
+    is_given = bool(given) and not reaches_head
+    yield Finding(
+        "samples-indistinguishable",
+        "error" if reaches_head else "warning",
+        f"From layer {lost[0]} on, all samples look the same"
+        if reaches_head
+        else f"{len(lost)} layers get inputs that are the same for all samples",
+        where=f"{lost[0]} … {lost[-1]}" if len(lost) > 1 else lost[0],
+        evidence=f"the input of {lost[0]} varies between samples by less than {math.sqrt(VARIATION_FLOOR):.1%} of "
+        "its size, the resolution of float32 sums"
+        + (f"; so does what {given[0]} takes of the data" if is_given else ""),
+        cause=f"They depend on what {given[0]} takes of the data, which is the same for all samples."
+        if is_given
+        else "Each layer shrinks the differences between samples, until only the biases are left.",
+        action=None if is_given else ISOMETRIC,
+        advice=f"Look at what enters {given[0]}." if is_given else "",
+        source="" if is_given else "Schoenholz et al. 1611.01232, §3",
+    )
 
 
 def underflowing_gradients(measured: Measured) -> Iterator[Finding]:

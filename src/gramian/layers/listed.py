@@ -10,7 +10,7 @@ from gramian.layers.configs import families
 from gramian.layers.kernels import TRANSPOSED, Kernels
 from gramian.layers.lookup import Lookup
 from gramian.layers.names import KERNELS, NAMED, NameMatch, find_named
-from gramian.layers.roles import Role, find_head, role_by_name, weight_name
+from gramian.layers.roles import Role, acts_by_channel, find_head, role_by_name, weight_name
 from gramian.layout import Layout
 
 __all__ = ["depthwise_kernels", "look_up_listed", "look_up_name", "natural_order", "settle_roles"]
@@ -90,6 +90,8 @@ def look_up_name(name: str, shape: tuple[int, ...], config: Mapping[str, Any], n
     if found is not None:
         return found._replace(role=found.role or ("hidden" if found.kind != "matrix" else role))
     if len(shape) == 2:
+        if role == "hidden" and (coefficients := acts_by_channel(weight_name(name), (shape[0], shape[1]))):
+            return NameMatch(None, "vector", "elementwise", coefficients)
         kind = "embedding" if role == "embedding" else "matrix"
         return NameMatch(
             Layout("o i -> o i", shape), kind, role, "its name tells no more: taken as one matrix (out, in)"

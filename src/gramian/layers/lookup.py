@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from gramian.layers.classes import Layer, layer_of, layout_of
 from gramian.layers.configs import declared_family
 from gramian.layers.names import find_named
-from gramian.layers.roles import Role, role_by_name, weight_name
+from gramian.layers.roles import Role, acts_by_channel, role_by_name, weight_name
 from gramian.layout import Layout
 
 __all__ = ["Lookup", "Owned", "host_of", "is_lazy", "look_up", "match_pattern"]
@@ -79,6 +79,8 @@ def look_up(use: Owned) -> Lookup:
         return Lookup(None, "elementwise", f"{local} of {kind}: acts element by element")
     if parameter.ndim == 2:
         role = role_by_name(use.full, shape, getattr(module, "bias", None) is not None and local == "weight")
+        if role == "hidden" and (coefficients := acts_by_channel(use.full, (shape[0], shape[1]))):
+            return Lookup(None, "elementwise", coefficients)
         why = f"unknown class {kind}" if row.operation == "unknown" else f"the row of {kind} does not list {local}"
         return Lookup(Layout("o i -> o i", shape), role, f"{why}: taken as one matrix (out, in)")
     reason = f"unknown class {kind} with {parameter.ndim} dimensions: give layouts={{'{use.name}': …}}"

@@ -70,15 +70,16 @@ _INTERLEAVED = ("gpt_oss", "experts in out interleaved")  # these too, gate and 
 
 # Learned vectors that are looked up, or are tokens themselves: positions, queries, registers.
 _TOKENS = (
-    "pos", "pe", "pos_emb", "pos_enc*", "position", "positional", "pos_table", "position_table",
-    "pos*_embed*", "position*_enc*", "*_positions", "positions", "rel_pos_*", "emb_rel_?", "*_tokens", "group_token",
-    "latents*", "query", "*_query", "relative_position_bias_table", "relative_attention_bias", "codevectors",
+    "pos", "pe", "ape", "*_ape", "pos_emb*", "pos_enc*", "position", "positional", "pos_table", "position_table",
+    "pos*_embed*", "position*_enc*", "*_positions", "positions", "rel_pos_*", "height_rel", "width_rel", "emb_rel_?",
+    "*_tokens", "*register_token", "group_token", "latents*", "query", "*_query", "*_queries",
+    "relative_position_bias_table", "relative_attention_bias", "codevectors",
 )  # fmt: skip
 
 # First match wins; a row whose numbers are missing or do not fit is passed over.
 #
-# Fused parts of unequal size stand in a common stack of the largest equal parts: for four heads of queries to two of
-# keys and values, the queries are two matrices of the stack, and `rows` tells which belong together.
+# Fused parts of unequal size stand in a stack of the largest equal parts, and `rows` tells which belong together: for
+# four heads of queries to two of keys and values, the queries are two matrices.
 NAMED: tuple[NamedWeight, ...] = (
     # fused one after the other: GPT-2 along the columns of (in, out), most others along the rows
     NamedWeight(

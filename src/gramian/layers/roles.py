@@ -1,4 +1,4 @@
-"""The role of a matrix in its network: a table, a hidden layer, the head; as far as names tell."""
+"""The role of a parameter in its network: a table, a hidden layer, the head, coefficients; as far as names tell."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-__all__ = ["Role", "find_head", "role_by_name", "weight_name"]
+__all__ = ["Role", "acts_by_channel", "find_head", "role_by_name", "weight_name"]
 
 Role = Literal["embedding", "hidden", "head", "elementwise"]
 """`"embedding"`: a table of rows that are looked up. `"head"`: the last matrix. `"elementwise"`: it multiplies entry by
@@ -23,6 +23,16 @@ _HEADS = re.compile(
 )
 # What may come last and has no scores: a projection into a space of embeddings, an adapter of another layer.
 _NO_HEADS = re.compile(r"(^|[._])(projection|lora_[AB](\.\w+)?)(\.weight)?$")
+
+# Words in the names of parameters that stand in matrix products, and of those that act channel by channel.
+_MATRIX = re.compile(
+    r"weights?|kernels?|matrix|proj\w*|lora|fn|heads?|out|output|logits|classifier|linear|w[a-z]?|[uv]"
+)
+_COEFFICIENTS = re.compile(
+    r"mu|mix|mixing|maa|faaaa|scales?|shifts?|gamma|beta|alpha|lambdas?|gains?|ls|decays?|modulat\w+|coeff?s?|"
+    r"coefficients?|temperatures?|slopes?|sinks?|log|imag|real|std|means?|dt"
+)
+FEW = 8  # rows or columns: so few, and four times as long, are vectors in a stack rather than a matrix
 
 # What torch's parametrizations and PEFT's adapters put into the names of weights.
 _WRAPPERS = ((r"(^|\.)parametrizations\.(\w+)\.original\d?$", r"\1\2"), (r"\.base_layer\.", "."),
@@ -50,6 +60,38 @@ def role_by_name(name: str, shape: tuple[int, ...], has_bias: bool) -> Role:
     """
     table = len(shape) == 2 and not has_bias and _EMBEDDINGS.search(name) and not _HEADS.search(name)
     return "embedding" if table else "hidden"
+
+
+def acts_by_channel(name: str, shape: tuple[int, int]) -> str:
+    """Why a parameter of two axes, of which no row of the table knows, is taken for coefficients and not for a matrix.
+
+    Coefficients multiply or shift channel by channel: what mixes a token with the one before, the scale of a layer, the
+    shifts and scales of a modulation. Their names say so; or else they are few vectors in a stack, and nothing in the
+    name says that it is a matrix.
+
+    Args:
+        name, shape: of the parameter.
+
+    Returns:
+        The reason; empty for a matrix.
+
+    Raises: nothing of its own.
+    Cost: none to speak of.
+    Source: the parameters of transformers, timm and diffusers, beside what their forward passes do with them.
+
+    >>> acts_by_channel("blocks.0.mu", (3, 64)), acts_by_channel("scale_shift_table", (6, 64))
+    ('named mu: acts channel by channel', 'named scale_shift_table: acts channel by channel')
+    >>> acts_by_channel("states", (3, 64)), acts_by_channel("w1", (3, 64)), acts_by_channel("inner", (32, 64))
+    ('3 vectors in a stack', '', '')
+    """
+    local = re.sub(r"(\.\d+)+$", "", name).rpartition(".")[2]
+    words = [word.rstrip("0123456789").lower() for word in re.split(r"_|(?<=[a-z])(?=[A-Z])", local)]
+    if any(_MATRIX.fullmatch(word) for word in words):
+        return ""
+    if any(_COEFFICIENTS.fullmatch(word) for word in words):
+        return f"named {local}: acts channel by channel"
+    few, many = sorted(shape)
+    return f"{few} vectors in a stack" if few <= FEW and many >= 4 * few else ""
 
 
 def find_head(names: Sequence[Sequence[str]], roles: Sequence[Role], *, last: bool) -> int | None:

@@ -181,9 +181,14 @@ class Grouped(torch.optim.Optimizer):
         return next(base.__name__ for base in cls.__mro__ if "recipe" in base.__dict__)
 
     @property
+    def has_usual_lr(self) -> bool:
+        """Whether the rate where none is given is one for this network."""
+        return self.grows_with_depth and self._options["scale"] == "spectral"
+
+    @property
     def usual_lr(self) -> float:
         """The rate where none is given: of this network, for optimizers whose rate grows with its depth."""
-        if self.grows_with_depth and self._options["scale"] == "spectral":
+        if self.has_usual_lr:
             return usual_lr(self.base_lr, self._num_matrices, plain=is_plain(self._routes.values()))
         return self._usual_lr()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass
 
-from gramian.operators import LineCurvature
 from gramian.rows import Rows
 
 __all__ = ["LearningRate"]
@@ -17,17 +16,17 @@ class LearningRate:
 
     Args:
         lr: the suggestion.
-        line: η*, where the parabola along the first direction is lowest on the held-out batch.
-        curvature: that parabola.
-        range: the rates whose rehearsal gained at least half as much as the best one.
+        start: the rate from which the search started: the optimizer's usual one, or one by the size of its first step.
+        top: the largest rate whose rehearsal gains nearly as much as the best.
+        range: the rates whose rehearsal gained at least half as much as the best one, and the suggestion.
         before: the held-out loss at which all rehearsals start.
         rehearsed: pairs of a rehearsed rate and the held-out loss after it, in order of the rate.
         why: how `lr` was found, in words.
     """
 
     lr: float
-    line: float
-    curvature: LineCurvature
+    start: float
+    top: float
     range: tuple[float, float]
     before: float
     rehearsed: tuple[tuple[float, float], ...]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
@@ -13,34 +14,29 @@ from torch import Tensor, nn
 from gramian import placement
 from gramian.errors import InputError, UnsupportedError
 from gramian.objective import Objective, as_objective
-from gramian.operators import LineCurvature, line_curvature
 from gramian.optim.learning_rate import LearningRate
 from gramian.optim.proximal import Proximal
 from gramian.optim.shell import MatrixOptimizer
 from gramian.recording.failing import naming_the_layer
 
-__all__ = ["NUM_STEPS", "Make", "NoRateError", "Rehearsals", "kept"]
+__all__ = ["JUDGES", "NUM_STEPS", "Make", "NoRateError", "Rehearsals", "kept"]
 
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 
-NUM_STEPS = 16  # of a rehearsal
-WARMUP = 4  # a rehearsal's rate rises over a quarter of its steps
+NUM_STEPS = 8  # of a rehearsal
+WARMUP = 2  # a rehearsal's rate rises over a half of its steps
+JUDGES = 4  # batches at most, on which no step is taken
 STEP = 10**0.5  # between two rates that are rehearsed
-WINDOW = 3  # half-decades above and below the start that are rehearsed first
-MAX_REHEARSALS = 24
-NOISE = 0.01  # of what the rest of the model gains alone: a rate that adds less than this share adds nothing
-PACES = (1, 4, 0)  # the rest moves in every step of a rehearsal, in every fourth, never: until the matrices' rate tells
+MAX_REHEARSALS = 6
+MAX_FAILED = 12  # rates that are too large, on the way down to one that lowers the loss
+CLOSE = 0.8  # of the best gain: the largest rate that gains as much is the top
 ROUNDING = 1e-5  # of the loss: a gain below this share is taken for rounding (float32, over the steps of a rehearsal)
-CLEAR = 10  # a gain is clear of noise if it is so many times what the two smaller rates lose
+SHARE = 0.1  # of its size that a matrix moves in a first step, at the rate at which an optimizer without a unit starts
+T_95 = {2: 6.314, 3: 2.920, 4: 2.353}  # the 0.95 quantile of Student's t for the mean of so many
 
-# The best rate of runs of 100 steps over that of a rehearsal, measured on the networks of `gramian bench rates`.
-FRACTION = 0.7
-
-_OFTEN = {
-    1: "",
-    4: " (what does not follow lr, and learns all alone, moves in every fourth only)",
-    0: " (what does not follow lr, and learns all alone, stays)",
-}
+# Measured on the tasks of docs/measured/learning_rates.md. Where the optimizer has a usual rate for each model, the
+# suggestion is FRACTION · usual^(1 - WEIGHT) · top^WEIGHT, and elsewhere HALF · top.
+FRACTION, WEIGHT, HALF = 0.8, 1 / 3, 0.5
 
 # Their steps depend on the weights, or on more than one gradient.
 _REFUSED = (Proximal, torch.optim.Adafactor, torch.optim.LBFGS)
@@ -64,218 +60,153 @@ class Rehearsals:
         progress: Callable[[float, float], None] | None = None,
     ) -> None:
         self.model, self.make, self.num_steps, self.restore = model, make, num_steps, restore
-        self.progress = progress
-        self.given, self.objective = objective, as_objective(objective)
-        self.training, self.held_out = batches[:-1] or batches, batches[-1]
-        self.losses: dict[float, float] = {}
-        self.follows: set[Tensor] = set()  # the parameters whose rate is lr
-        self.pace = PACES[0]  # the others move in every so many steps; never at zero
+        self.progress, self.objective = progress, as_objective(objective)
+        judges = min(JUDGES, max(1, len(batches) // 3))
+        self.training, self.held_out = batches[:-judges] or batches, batches[-judges:]
+        self.before: list[float] = []
+        self.losses: dict[float, list[float]] = {}  # by rate, of each judge
 
     def suggestion(self) -> LearningRate:
-        """Takes the parabola, searches from its minimum, and checks the fraction of the best rate."""
-        with naming_the_layer("suggest_lr", self.held_out, self.objective, self.model):
-            before = self._held_out_loss()
+        """Rehearses the usual rate and others around it, and draws the usual one towards the largest that does well."""
+        with naming_the_layer("suggest_lr", self.held_out[0], self.objective, self.model):
+            self.before = self._held_out_losses()
+        before = fmean(self.before)
         if not math.isfinite(before):
             raise InputError(f"suggest_lr: the loss is {before} before any step; gm.inspect shows where that begins")
-        curvature = self._first_line()
-        line = curvature.minimum
-        start = line if 0 < line < math.inf else 1.0
-        paces = self._paces()
-        base, best, gain = before, start, 0.0
-        for self.pace in paces:
-            self.losses.clear()
-            base = self._baseline(before, start / STEP**WINDOW)
-            best = self._search(start, base)
-            if best is None or not base - self.losses[best] > ROUNDING * abs(before):
-                best = self._least()
-            gain = base - self.losses[best]
-            lowers = before - self.losses[best] > ROUNDING * abs(before)
-            if lowers and gain > max(NOISE * (before - base), ROUNDING * abs(before)):
-                break
-        else:
-            tried = f"{min(self.losses):.1e} to {max(self.losses):.1e}"
-            alone = "" if len(paces) == 1 else "gains more than the parameters that do not follow lr gain alone, nor, "
-            alone += "where these move less, " if alone else ""
+        usual, start = self._start()
+        self._search(start)
+        best = self._best()
+        if not self._is_above_noise(best):
             raise NoRateError(
-                f"suggest_lr: no rate from {tried} {alone}lowers the held-out loss of {before:.4g} by more than "
-                f"rounding and noise in {self.num_steps} steps; give more or larger batches, or repair the model "
-                "first (gm.inspect)"
+                f"suggest_lr: no rate from {min(self.losses):.1e} to {max(self.losses):.1e} lowers the held-out loss "
+                f"of {before:.4g} by more than rounding and noise in {self.num_steps} steps; give more or larger "
+                "batches, or repair the model first (gm.inspect)"
             )
-        good = [rate for rate, loss in self.losses.items() if base - loss >= gain / 2]
-        top = self._top(best)
-        lr, how = FRACTION * top, f"{FRACTION:g} × {top:.2g}, the best rate of {self.num_steps} rehearsed steps"
-        if not base - self._rehearse(lr) >= gain / 2:  # the best rate stands alone among its neighbors
-            lr, how = best, f"the best rate of {self.num_steps} rehearsed steps"
-        kind = "Gauss–Newton" if curvature.matrix == "gauss_newton" else "Hessian"
+        top = self._top()
+        lr = HALF * top if usual is None else FRACTION * min(usual ** (1 - WEIGHT) * top**WEIGHT, top)
+        good = [rate for rate in self.losses if self._gain(rate) >= self._gain(best) / 2]
         mode = "training" if self.model.training else "evaluation"
-        alone = self.training[-1] is self.held_out
-        rest = _OFTEN[self.pace]
-        data = "one batch: without its noise" if alone else f"{len(self.training) + 1} batches, the last one judges"
+        judge = "one judges" if len(self.held_out) == 1 else f"{len(self.held_out)} judge"
+        data = f"{len(self.training) + len(self.held_out)} batches, the last {judge}"
+        if self.training[0] is self.held_out[0]:
+            data = "one batch: without its noise"
+        how = f"{HALF:g} ×" if usual is None else f"the usual rate for this model, {usual:.2g}, drawn towards"
         why = (
-            f"{how}; with it, the held-out loss falls from {before:.4g} to {self.losses[lr]:.4g} in {self.num_steps} "
-            f"steps{rest}; the first direction alone has its minimum at {line:.2g} ({kind}, {mode} mode, {data})"
+            f"{how} {top:.2g}, the largest rate at which {self.num_steps} rehearsed steps gain {CLOSE:.0%} of the "
+            f"most; with {best:.2g}, the held-out loss falls from {before:.4g} to {fmean(self.losses[best]):.4g} "
+            f"({mode} mode, {data})"
         )
-        interval = (min(lr, *good), max(lr, *good))
-        return LearningRate(lr, line, curvature, interval, before, tuple(sorted(self.losses.items())), why)
+        rehearsed = tuple((rate, fmean(losses)) for rate, losses in sorted(self.losses.items()))
+        return LearningRate(lr, start, top, (min(lr, *good), max(lr, *good)), before, rehearsed, why)
 
-    def gains(self, lr: float) -> list[float]:
-        """How much lower steps at this rate leave the held-out loss than the rest's steps alone do, at each pace."""
-        self.follows = self._following()
-        before, found = self._held_out_loss(), []
-        for pace in self._paces():
-            self.pace = pace
-            found.append(self._baseline(before, lr) - self._loss_after(self.make(self.model, lr)))
-        return found
-
-    def _search(self, start: float, base: float) -> float | None:
-        """The best of the half-decades around `start` that counts, with rates rehearsed above and below it, or none.
-
-        A whole window is rehearsed first, since the loss has a second minimum where small rates only fit the head's
-        biases. Smaller rates follow while there is no rate that counts, until they change nothing any more.
-        """
-        for k in range(-WINDOW, WINDOW + 1):
-            self._rehearse(start * STEP**k)
-        while True:
-            at, best = sorted(self.losses), self._best(base)
-            if len(at) >= MAX_REHEARSALS:
-                return best
-            if best is not None and best == at[-1]:
-                self._rehearse(best * STEP)
-            elif best is not None and at.index(best) > 1:
-                return best
-            elif best is None and self._is_still(at[:2]):
-                return None
+    def _search(self, start: float) -> None:
+        """Rehearses half-decades from the start upward until they gain less, and downward while they gain more."""
+        self._rehearse(start)
+        self._rehearse(start * STEP)
+        while len(self.losses) < (MAX_REHEARSALS if self._most() > 0 else MAX_FAILED):
+            low, high = min(self.losses), max(self.losses)
+            if self._most() > 0 and self._gain(high) >= CLOSE * self._most():
+                self._rehearse(high * STEP)
+            elif self._most() <= 0 or self._best() == low:
+                self._rehearse(low / STEP)
             else:
-                self._rehearse(at[0] / STEP)
+                break
 
-    def _best(self, base: float) -> float | None:
-        """The rate of the least loss that counts, the smallest of several; `None` where none does.
-
-        Rates that are far too large end on a plateau, where noise makes minima. So a rate counts if it gains, and the
-        two below it gain too, or lose much less. The lowest two count if they gain, until there are rates below them.
-        """
-        at, found = sorted(self.losses), []
-        for k, rate in enumerate(at):
-            gain, below = base - self.losses[rate], [base - self.losses[other] for other in at[max(0, k - 2) : k]]
-            if gain > 0 and all(other > 0 or gain > -CLEAR * other for other in below):
-                found.append((self.losses[rate], rate))
-        return min(found)[1] if found else None
-
-    def _least(self) -> float:
-        return min(self.losses, key=lambda rate: (self.losses[rate], rate))
-
-    def _is_still(self, rates: Sequence[float]) -> bool:
-        """Whether the losses after these rates are the same to rounding, so that smaller ones would change nothing."""
-        losses = [self.losses[rate] for rate in rates]
-        return max(losses) - min(losses) <= ROUNDING * abs(min(losses))
-
-    def _top(self, best: float) -> float:
-        """Where the parabola through the best rate and its neighbors is lowest, over the logarithm of the rate."""
+    def _top(self) -> float:
+        """The largest rate that gains `CLOSE` of the most, interpolated to the next one, whose logarithm is a line."""
         at = sorted(self.losses)
-        here = at.index(best)
-        if not 0 < here < len(at) - 1:
-            return best
-        left, middle, right = (self.losses[at[here + k]] for k in (-1, 0, 1))
-        bend = left - 2 * middle + right
-        if not 0 < bend < math.inf:
-            return best * (STEP**-0.25 if right == math.inf else 1.0)
-        return best * STEP ** (0.5 * (left - right) / bend)
+        share = [max(self._gain(rate) / self._most(), -1.0) for rate in at]
+        last = max(k for k, one in enumerate(share) if one >= CLOSE)
+        if last == len(at) - 1:
+            return at[last]
+        return at[last] * STEP ** ((share[last] - CLOSE) / (share[last] - share[last + 1]))
 
-    def _baseline(self, before: float, lr: float) -> float:
-        """The held-out loss that a rate must improve on: after the steps in which only the rest of the model moves.
+    def _best(self) -> float:
+        return max(self.losses, key=lambda rate: (self._gain(rate), rate))
 
-        A matrix optimizer steps embeddings, the head and vectors at a rate of their own: what they gain is not `lr`'s.
-        Theirs may grow with a large `lr`; it is the one beside a small one.
-        """
+    def _most(self) -> float:
+        return self._gain(self._best())
+
+    def _gain(self, rate: float) -> float:
+        """How much lower the held-out loss is after a rehearsal; minus infinity where it is not finite."""
+        gain = fmean(self.before) - fmean(self.losses[rate])
+        return gain if math.isfinite(gain) else -math.inf
+
+    def _is_above_noise(self, rate: float) -> bool:
+        """Whether the judges' gains are above zero: by a one-sided t-test at 95 %, or one alone above rounding."""
+        gains = [before - after for before, after in zip(self.before, self.losses[rate], strict=True)]
+        if not self._gain(rate) > ROUNDING * abs(fmean(self.before)):
+            return False
+        return len(gains) == 1 or fmean(gains) > T_95[len(gains)] * stdev(gains) / len(gains) ** 0.5
+
+    def _rehearse(self, lr: float) -> None:
+        """Some steps at this rate, which rises at first; then the held-out losses."""
         optimizer = self.make(self.model, lr)
-        if self.pace == 0 or self.follows == _rates(optimizer).keys():
-            return before
-        return min(before, self._loss_after(optimizer, still=self.follows))
-
-    def _rehearse(self, lr: float) -> float:
-        """The held-out loss after some steps at this rate; infinite where it is not finite."""
-        if lr not in self.losses:
-            optimizer = self.make(self.model, lr)
-            self.losses[lr] = self._loss_after(optimizer)
-            if self.progress is not None:
-                self.progress(lr, self.losses[lr])
-        return self.losses[lr]
-
-    def _loss_after(self, optimizer: torch.optim.Optimizer, still: Collection[Tensor] = ()) -> float:
-        """The held-out loss after some steps in which some parameters stay; infinite where it is not finite."""
         rise = max(1, self.num_steps // WARMUP)
         rates = [group["lr"] for group in optimizer.param_groups]
+        torch.manual_seed(0)  # of dropout
         for step in range(self.num_steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * min(1.0, (step + 1) / rise)
-            self._gradient([self.training[step % len(self.training)]], seed=step)
-            for p in self.model.parameters():
-                if p in still or (p not in self.follows and (self.pace == 0 or step % self.pace)):
-                    p.grad = None
+            self._gradient(step)
             optimizer.step()
-        loss = self._held_out_loss()
+        self.losses[lr] = self._held_out_losses()
         self.restore()
-        return loss if math.isfinite(loss) else math.inf
+        if self.progress is not None:
+            self.progress(lr, fmean(self.losses[lr]))
 
-    def _first_line(self) -> LineCurvature:
-        """The parabola of the held-out batch along the optimizer's first direction on the other batches."""
-        direction = self._direction()
-        with torch.random.fork_rng(_devices(self.model)):
-            torch.manual_seed(0)
-            curvature = line_curvature(self.model, self.held_out, self.given, direction)
-        self.restore()
-        if not (math.isfinite(curvature.slope) and math.isfinite(curvature.curvature)):
-            raise InputError(f"suggest_lr: slope {curvature.slope} and curvature {curvature.curvature} are not finite")
-        return curvature
+    def _start(self) -> tuple[float | None, float]:
+        """The usual rate, if the optimizer has one for each model, and the rate from which the search starts.
 
-    def _direction(self) -> dict[Tensor, Tensor]:
-        """D of every parameter whose rate follows `lr`: minus the optimizer's first step at a rate of one.
-
-        The weights are zero meanwhile, so that the step is read in full precision and without weight decay.
+        A matrix optimizer starts at its usual rate. Any other starts where its first step moves the median matrix by a
+        share of its size, since the unit of its rate may be that of the weights, of the gradients, or none.
         """
         optimizer = self.make(self.model, 1.0)
         _check(optimizer)
-        self.follows = self._following()
-        follows: list[Tensor] = [p for p in self.model.parameters() if p in self.follows and p.requires_grad]
+        follows = self._following()
         if not follows:
             raise InputError(
                 "suggest_lr: no trainable matrix follows this optimizer's rate: they are frozen, or an embedding or a "
                 "head, which step at a rate of their own. Ask for optimizer='adamw', or unfreeze a hidden layer"
             )
-        self._gradient(self.training, seed=0)
+        torch.manual_seed(0)
+        self._gradient(0)
         grads = [p.grad for p in follows if p.grad is not None]
         if not grads or not all(bool(g.isfinite().all()) for g in grads):
             raise InputError("suggest_lr: the gradient is missing or not finite; gm.inspect shows in which layers")
         if not any(bool(g.any()) for g in grads):
             raise InputError("suggest_lr: the gradient is zero, so that no rate changes the loss")
-        with torch.no_grad():
+        if isinstance(optimizer, MatrixOptimizer):
+            start = optimizer.usual_lr
+            return (start if optimizer.has_usual_lr else None), start
+        with torch.no_grad():  # the weights are zero meanwhile, so that the step is read in full precision
+            sizes = {p: float(p.norm()) or p.numel() ** 0.25 for p in follows}
             for p in self.model.parameters():
                 p.zero_()
         optimizer.step()
-        direction = {p: -p.detach().clone() for p in follows if p.grad is not None}
+        moves = [float(p.detach().norm()) / size for p, size in sizes.items()]
+        wide = [move for p, move in zip(sizes, moves, strict=True) if p.ndim > 1 and move > 0]
         self.restore()
-        return direction
+        return None, SHARE / median(wide or [move for move in moves if move > 0])
 
-    def _paces(self) -> tuple[int, ...]:
-        return PACES if any(p not in self.follows for p in self.model.parameters()) else PACES[:1]
-
-    def _following(self) -> set[Tensor]:
-        """The parameters whose rate is a multiple of `lr`."""
+    def _following(self) -> list[Tensor]:
+        """The trainable parameters whose rate is a multiple of `lr`."""
         rates, doubled = (_rates(self.make(self.model, lr)) for lr in (1.0, 2.0))
-        return {p for p, rate in rates.items() if doubled[p] == 2 * rate}
+        return [p for p in self.model.parameters() if p.requires_grad and p in rates and doubled[p] == 2 * rates[p]]
 
-    def _gradient(self, batches: Sequence[Any], seed: int) -> None:
-        """The gradient of the mean loss of some batches, in `grad`."""
+    def _gradient(self, step: int) -> None:
+        """The gradient of the mean loss of a step's batch, in `grad`."""
         self.model.zero_grad(set_to_none=True)
-        torch.manual_seed(seed)  # of dropout
-        for batch in batches:
-            total, units = self.objective.loss(self.model, batch)
-            (total / (units * len(batches))).backward()
+        total, units = self.objective.loss(self.model, self.training[step % len(self.training)])
+        (total / units).backward()
 
-    def _held_out_loss(self) -> float:
+    def _held_out_losses(self) -> list[float]:
+        found = []
         torch.manual_seed(0)
-        total, units = self.objective.loss(self.model, self.held_out)  # with autograd: a loss may need gradients
-        return float(total.detach() / units)
+        for batch in self.held_out:
+            total, units = self.objective.loss(self.model, batch)  # with autograd: a loss may need gradients
+            found.append(float(total.detach() / units))
+        return found
 
 
 @contextmanager

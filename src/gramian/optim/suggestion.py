@@ -1,11 +1,9 @@
-"""A learning rate before training: curvature along the optimizer's own direction, and a rehearsal of a few steps."""
+"""A learning rate before training: the usual one, corrected by a few rehearsed steps."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import islice
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -17,15 +15,10 @@ from gramian.loader import as_batches, is_one_batch, looks_like_one, no_batches
 from gramian.objective import Objective
 from gramian.optim.given import EXAMPLE, given
 from gramian.optim.learning_rate import LearningRate
-from gramian.optim.rehearsals import NUM_STEPS, Make, Rehearsals, kept
+from gramian.optim.rehearsals import JUDGES, NUM_STEPS, Make, Rehearsals, kept
 from gramian.recording.measuring import eager
 
-__all__ = ["is_confirmed", "suggest_lr"]
-
-JUDGES = 4
-"""Batches that judge a suggested rate in turn."""
-T_95 = {2: 6.314, 3: 2.920, 4: 2.353}
-"""The 0.95 quantile of Student's t for the mean of so many."""
+__all__ = ["suggest_lr"]
 
 
 def suggest_lr(
@@ -37,41 +30,38 @@ def suggest_lr(
     num_steps: int = NUM_STEPS,
     progress: Callable[[float, float], None] | None = None,
 ) -> LearningRate:
-    """A learning rate for a model, from the curvature along the optimizer's own direction and short rehearsals.
+    """A learning rate for a model: the optimizer's usual one, corrected by short rehearsals at a few rates.
 
-    With D the optimizer's first direction (of all parameters whose rate follows `lr`) and G the Gauss–Newton matrix,
-    `η* = gᵀD / (DᵀGD)` is where the loss along D is lowest to second order. Training is then rehearsed for `num_steps`
-    steps at η*, with a warm-up over the first quarter, and at three half-decades above and below, and further until the
-    best rate lies between worse ones, judged by the loss of a batch on which no step was taken. The suggestion is 0.7
-    of the best rehearsed rate (interpolated by a parabola over its logarithm), since a short run tolerates larger steps
-    than a long one; or the best rate itself, where that gains less than half as much. A gain of less than 1e-5 of the
-    loss is taken for rounding, and is none.
+    Training is rehearsed for `num_steps` steps at a start and at half-decades above it, until the loss of batches on
+    which no step is taken falls by less than 80 % of the most; and below it, where smaller rates gain more. Let t be
+    the largest rate that gains 80 %, interpolated.
 
-    What a matrix optimizer steps at a rate of its own (embeddings, the head, vectors) may learn all in so few steps.
-    Where no rate adds a hundredth to that, it is rehearsed again with these moving in every fourth step only, and at
-    last not at all; `why` says so.
+    - `Muon` and `BalancedMuon` have a usual rate u for each model, which is the start. The suggestion is
+      `0.8 · u^⅔ · t^⅓`, at most 0.8 t: what so few steps tell of a longer run is less certain than what is usual.
+    - Other matrix optimizers start at their usual rate, and any other optimizer where its first step moves the median
+      matrix by a tenth of its norm, whatever the unit of its rate is. The suggestion is `0.5 t`.
 
     Args:
         model: in the mode in which it is to be trained. Weights, buffers, gradients, mode and random state are restored
             afterwards.
-        batch: one batch, or many: a `DataLoader`, a list, or another iterable, of which the first `num_steps + 1` are
-            read. The last one read judges, the others train. Give several: with only one, the rate is that of a
-            gradient without noise. A tuple and a mapping are one batch, and so is a list `[x, y]` of tensors that
-            cannot both be inputs; two of one shape are read as two batches, with a warning.
-        objective: `gm.Objective`, or `loss(model, batch) -> scalar mean` (the Hessian then takes G's place).
+        batch: one batch, or many: a `DataLoader`, a list, or another iterable, of which the first `num_steps + 4` are
+            read. The last third of them, at most four, judges, the others train. Give several: with only one, the rate
+            is that of a gradient without noise. A tuple and a mapping are one batch, and so is a list `[x, y]` of
+            tensors that cannot both be inputs; two of one shape are read as two batches, with a warning.
+        objective: `gm.Objective`, or `loss(model, batch) -> scalar mean`.
         optimizer: `"auto"`, as in `gm.train`, another name of `gm.optim.OPTIMIZERS`, a class, or a function
             `(model, lr) -> optimizer`, such as `partial(gm.optim.Muon, scale="match_rms_adamw")`.
-        num_steps: number of steps of a rehearsal. Much fewer than 16 mislead: rates that are too small then look best.
+        num_steps: number of steps of a rehearsal.
         progress: called after each rehearsal with its rate and the held-out loss after it.
     Returns: a `LearningRate`, whose `lr` is the suggestion.
     Raises:
         InputError: for a model without trainable weights or, for a matrix optimizer, without a matrix; a loss or
-            gradient that is not finite, or zero; a direction along which the loss does not fall at any rate.
-        UnsupportedError: for an operation without a second derivative, sharded parameters, and optimizers whose step
-            depends on the weights.
-    Cost: about `9 · num_steps` training steps. Accuracy: see docs/measured/learning_rates.md.
-    Source: the line minimum under Gauss–Newton: Martens (1412.1193), §6.4; held-out batches against noise: this
-    library's own measurements.
+            gradient that is not finite, or zero; a loss that no rehearsed rate lowers by more than the noise among the
+            batches that judge.
+        UnsupportedError: for sharded parameters, and optimizers whose step depends on the weights.
+    Cost: usually four rehearsals, at most six where one gains, so 35 to 55 training steps. Accuracy: see
+        docs/measured/learning_rates.md.
+    Source: this library's own measurements.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
     >>> x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
@@ -83,44 +73,9 @@ def suggest_lr(
     if num_steps < 1:
         raise InputError(f"suggest_lr: num_steps must be at least 1, got {num_steps}")
     model, make = as_model(model, "suggest_lr"), _maker(optimizer)
-    batches = [prepared(model, one) for one in _batches(batch, num_steps + 1)]
+    batches = [prepared(model, one) for one in _batches(batch, num_steps + JUDGES)]
     with eager(), kept(model) as restore:
         return Rehearsals(model, batches, objective, make, num_steps, restore, progress).suggestion()
-
-
-def is_confirmed(
-    model: nn.Module, batches: Sequence[Any], objective: Objective | Callable, *, optimizer: Any, lr: float
-) -> bool:
-    """Whether a suggested rate gains on other batches than the one that chose it, by more than their noise.
-
-    The best of many rehearsals gains on its held-out batch even where all differences are noise. So up to four of the
-    other batches judge in turn, with the rest to train on, and the mean of the gains must be above zero by a one-sided
-    t-test at 95 % (one gain alone: above zero), at one of the paces of the rest of the model.
-
-    Args:
-        model, objective, optimizer: as of `suggest_lr`.
-        batches: those that it had; two or more.
-        lr: its suggestion.
-    Returns: whether the rate gains.
-    Cost: four rehearsals for a vector optimizer; up to twenty for a matrix optimizer.
-    """
-    make = _maker(optimizer)
-    batches = [prepared(model, one) for one in batches]
-    judged = []
-    with eager():
-        for k in range(1, min(JUDGES, len(batches) - 1) + 1):
-            turned = [*batches[k:], *batches[:k]]
-            with kept(model) as restore:
-                judged.append(Rehearsals(model, turned, objective, make, NUM_STEPS, restore).gains(lr))
-    return any(_is_above_zero(gains) for gains in zip(*judged, strict=True))
-
-
-def _is_above_zero(gains: Sequence[float]) -> bool:
-    if not all(math.isfinite(gain) for gain in gains):
-        return False
-    if len(gains) == 1:
-        return gains[0] > 0
-    return fmean(gains) > T_95[len(gains)] * stdev(gains) / len(gains) ** 0.5
 
 
 def _batches(batch: Any, num: int) -> list[Any]:

@@ -25,6 +25,7 @@ _LANE, _GAP, _TOP, _FOOT, _LEFT, _RIGHT = 62, 27, 24, 42, 52, 12  # pixels
 _MOST_DISCS = 80  # places up to which each value has a disc
 _POINTER = 18  # above, where a culprit is named
 _TICK_SIZE, _LINE = 11.5, 14.0
+_TICK_NAME, _TICK_ROOM = 14, 120  # characters of a name below the lanes, and pixels for it
 _LONGEST_NAME = 36  # characters of a culprit's name in the picture
 _SHORTEST_NAME = 14  # to which it may be cut
 _BOLD = 8.5  # pixels of a character of it, of a wide font
@@ -47,9 +48,8 @@ def draw_depth(item: Depth, width: float) -> str:
         if any(len(values) != count for _, _, values in lane.series):
             raise InputError(f"depth {item.title!r}: {lane.label!r} needs {count} values, one for each name.")
         parts.append(_lane(lane, top + place * (_LANE + _GAP), inner, count))
-    parts.append(_ticks(count, inner, height - _FOOT))
-    label = f"{item.x_label}, 0 to {count - 1}" if count > 1 else item.x_label
-    parts.append(_text(_LEFT + inner / 2, height - 6, label, "middle"))
+    parts.append(_ticks(item.names, inner, height - _FOOT))
+    parts.append(_text(_LEFT + inner / 2, height - 6, f"{item.x_label}, {count:,} in all", "middle"))
     spoken = escape(visible(_spoken(item)))
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{spoken}">{"".join(parts)}</svg>'
 
@@ -171,10 +171,15 @@ def _curve(curve: _Curve, axis: Axis) -> str:
     return f'<g style="color:{variable(curve.color)}">{drawn}</g>'
 
 
-def _ticks(count: int, width: float, top: float) -> str:
-    axis = make_axis([0, max(count - 1, 1)], num_ticks=max(3, int(width / 80)), integer=True)
-    places = [tick for tick in axis.ticks if 0 <= tick <= count - 1]
-    marks = [_text(_LEFT + (p + 0.5) / max(count, 1) * width, top + 16, f"{p:g}", "middle") for p in places]
+def _ticks(names: Sequence[str], width: float, top: float) -> str:
+    """Names of some places, as far as there is room; the number of one would be another in other pictures."""
+    count = len(names)
+    axis = make_axis([0, max(count - 1, 1)], num_ticks=max(2, int(width / _TICK_ROOM)), integer=True)
+    marks = []
+    for place in (int(tick) for tick in axis.ticks if 0 <= tick <= count - 1):
+        x = (place + 0.5) / max(count, 1) * width
+        anchor = "end" if x > width - _TICK_ROOM / 2 else "start" if x < _TICK_ROOM / 2 else "middle"
+        marks.append(_text(_LEFT + x, top + 16, elide(visible(names[place]), _TICK_NAME), anchor))
     return f'<g class="ticks" data-left="{_LEFT}" data-width="{width:g}" data-y="{top + 16:g}">{"".join(marks)}</g>'
 
 

@@ -278,10 +278,13 @@
         if (row < 0 || row >= data.rows.length || column < 0 || column >= most) return hide();
         const value = data.rows[row][column];
         const line = [value === undefined ? `only ${data.rows[row].length} values` : `value ${column}`, "transparent", value === undefined ? "" : value === null ? "not finite" : told(value)];
-        return show(left + ((column + 0.5) / most) * width, top, top + height, `${row}: ${data.names[row]}`, [line]);
+        return show(left + ((column + 0.5) / most) * width, top, top + height, data.names[row], [line]);
       });
     }
   }
+
+  /* A name of at most 14 characters, cut in its middle, as `elide` does. */
+  const elided = (name) => (name.length > 14 ? `${name.slice(0, 5)}…${name.slice(-8)}` : name);
 
   /* The network by depth: values at the pointer or at the key's place, and zoom, for both widths of the drawing at once. */
   function depthTools(figure) {
@@ -307,7 +310,7 @@
     const tell = (place) => {
       at = place;
       const lines = data.lanes.map(([label, color, values]) => [label, color, values[place]]);
-      const heading = `${place}: ${data.names[place]}`;
+      const heading = data.names[place];
       for (const drawing of drawings) {
         const { left, width, top, bottom } = edges(drawing);
         if (drawing.offsetParent) pointers.get(drawing).show(left + ((place - from + 0.5) / (to - from)) * width, top, bottom, heading, lines);
@@ -324,7 +327,8 @@
         drawing.querySelectorAll(".lane").forEach((lane) => lane.setAttribute("viewBox", `${from - 0.5} 0 ${to - from} 1`));
         const ticks = drawing.querySelector(".ticks");
         const [left, width, y] = [ticks.dataset.left, ticks.dataset.width, ticks.dataset.y].map(Number);
-        const most = Math.max(3, Math.floor(width / 80));
+        const room = 120; // pixels for a name
+        const most = Math.max(2, Math.floor(width / room));
         const step = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000].find((s) => (to - from) / s <= most) || 10000;
         const pointed = drawing.querySelector(".pointer");
         if (pointed) {
@@ -334,11 +338,13 @@
         }
         const marks = [];
         for (let place = Math.ceil(from / step) * step; place < to; place += step) {
-          marks.push(svg("text", { x: left + ((place - from + 0.5) / (to - from)) * width, y, "text-anchor": "middle", "font-size": 11.5 }, String(place)));
+          const x = ((place - from + 0.5) / (to - from)) * width;
+          const anchor = x > width - room / 2 ? "end" : x < room / 2 ? "start" : "middle";
+          marks.push(svg("text", { x: left + x, y, "text-anchor": anchor, "font-size": 11.5 }, elided(data.names[place])));
         }
         ticks.replaceChildren(...marks);
       }
-      here.textContent = to - from < count ? `Shown: ${from} to ${to - 1} of ${count}, ${data.names[from]} … ${data.names[to - 1]}` : "";
+      here.textContent = to - from < count ? `Shown: ${to - from} of ${count}, ${data.names[from]} … ${data.names[to - 1]}` : "";
     };
     const scale = (factor) => {
       const middle = at >= from && at < to ? at + 0.5 : (from + to) / 2;

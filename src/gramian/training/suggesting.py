@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from gramian.errors import GramianWarning, InputError
 from gramian.objective import as_objective
 from gramian.optim.learning_rate import LearningRate
-from gramian.optim.rehearsals import NUM_STEPS, NoRateError
-from gramian.optim.suggestion import is_confirmed, suggest_lr
+from gramian.optim.rehearsals import JUDGES, NUM_STEPS, NoRateError
+from gramian.optim.suggestion import suggest_lr
 from gramian.recording.keeping import seeded
 from gramian.training import start
 from gramian.training.checks import check_model
@@ -34,7 +35,7 @@ def suggested(
 ) -> LearningRate | None:
     """`gm.suggest_lr` of a task's initialized model and first batches, drawn as a run of this seed would draw them.
 
-    `None`, with a warning, where the trial steps told nothing: no rate gained, or only on the batch that chose it.
+    `None`, with a warning, where the trial steps told nothing, since no rate gained more than noise.
     """
     task = as_task(task)
     start.check(init)
@@ -45,16 +46,12 @@ def suggested(
         with calling(task, f"the initialization ({init}) of the model"):
             start.initialize(init, model, task, as_objective(task.objective), seed)
         with calling(task, "train_batches(0, generator)"):
-            batches = list(islice(task.train_batches(0, torch.Generator().manual_seed(seed)), NUM_STEPS + 1))
+            batches = list(islice(task.train_batches(0, torch.Generator().manual_seed(seed)), NUM_STEPS + JUDGES))
         if len(batches) < 2:
             raise InputError(f"train: a rate is suggested from two batches or more, and the task has {len(batches)}")
         model.train()
-        try:
-            found = suggest_lr(model, batches, task.objective, optimizer=optimizer, progress=progress)
-        except NoRateError:
-            found = None
-        if found is not None and is_confirmed(model, batches, task.objective, optimizer=optimizer, lr=found.lr):
-            return found
+        with suppress(NoRateError):
+            return suggest_lr(model, batches, task.objective, optimizer=optimizer, progress=progress)
     warnings.warn(
         "train: the trial steps told nothing about the rate, since no loss fell by more than noise; the optimizer's "
         "usual rate is kept",

@@ -31,6 +31,7 @@ from gramian.inspection.causes.probed import RULES as PROBED
 from gramian.inspection.causes.profiles import RULES as PROFILES
 from gramian.inspection.causes.reach import RULES as REACH
 from gramian.inspection.causes.reshapes import RULES as RESHAPES
+from gramian.inspection.causes.routers import RULES as ROUTERS
 from gramian.inspection.causes.scale_free import RULES as SCALE_FREE
 from gramian.inspection.causes.stepping import RULES as STEPPING
 from gramian.inspection.causes.supervised import RULES as SUPERVISED
@@ -41,5 +42,5 @@ __all__ = ["CAUSES", "Context", "ordered"]
 CAUSES = (
     *INPUTS, *JOINED, *DATA, *LABELS, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROFILES, *OUTPUTS, *PAIRS,
     *PROBED, *ARGUMENTS, *LEAKS, *RESHAPES, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS, *SCALE_FREE,
-    *MASKS, *MODULES, *GATES, *NORMS, *NORM_SIZES, *PRECISION, *STEPPING,
+    *MASKS, *MODULES, *GATES, *ROUTERS, *NORMS, *NORM_SIZES, *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -22,6 +22,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "loss-not-log-probabilities",
         "loss-term-missing",
         "loss-flat",
+        "loss-term-dominates",
         "loss-collapses",
         "labels-ignored",
         "derivative-zero",
@@ -210,6 +211,14 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         return zeroed
     if finding.code == "input-unused" and finding.severity != "error":  # what saturates forgets what came before
         return next((f for f in serious if f.code in _UNITS_OF_DATA), None)
+    if finding.code == "samples-indistinguishable" and finding.severity == "warning":  # the layers that it would enter
+        unused = next((f for f in serious if f.code == "input-unused"), None)
+        if unused is not None:
+            return unused
+    if finding.code == "gate-shut":  # what saturates chooses the same for all
+        driving = next((f for f in serious if f.code in _UNITS_OF_DATA and f.severity == "error"), None)
+        if driving is not None:
+            return driving
     padded = next((f for f in serious if f.code == "padding-read" and f.where != "labels"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]

@@ -27,9 +27,6 @@ SHUT, OPENED = 0.05, 0.01
 TIGHT = 0.01
 # Share of the pre-activation from which on its bias is what shuts a gate.
 MOSTLY = 0.5
-# Largest weight of an expert that is never chosen, and rows for each expert from which on that is no chance: of experts
-# that are chosen alike, one stays without any of 10 rows for each once in 20,000.
-NEVER, ROWS = 1e-4, 10
 
 
 def saturated_units(context: Context) -> Iterator[Finding]:
@@ -107,39 +104,6 @@ def gates(context: Context) -> Iterator[Finding]:
         advice=_advice(gate, is_recurrent=is_recurrent, by_bias=bool(own)),
         source="Jozefowicz et al. 2015 (forget gate bias)" if is_recurrent else "",
     )
-
-
-def experts(context: Context) -> Iterator[Finding]:
-    """Find modules that a router never chooses, among as many of one kind as its softmax has entries."""
-    for routing in context.observed.routings:
-        num = len(routing.largest)
-        routers = [s.name for s in routing.sources if not s.is_bias and len(context.parameters[s.name]) == num]
-        lists = [(n, m) for n, m in context.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num]
-        lists = [(n, m) for n, m in lists if len({type(e) for e in m}) == 1 and any(True for _ in m.parameters())]
-        never = [i for i, weight in enumerate(routing.largest) if weight < NEVER]
-        if len(lists) != 1 or not routers or not never or routing.rows < ROWS * num:
-            continue
-        (name, _), router = lists[0], context.module_of(routers[0])
-        bias = context.parameters.get(f"{router}.bias")
-        offset = float(bias.detach().float().amax() - bias.detach().float().amin()) if bias is not None else 0.0
-        by_bias = offset > -math.log(NEVER)
-        yield Finding(
-            "gate-shut",
-            "info" if context.has_learned else "error" if 2 * len(never) >= num else "warning",
-            f"{context.told(router)} never chooses {len(never)} of {num} modules of {name}",
-            where=some([router, *(f"{name}.{i}" for i in never)], SHOWN),
-            evidence=f"their largest weight of {routing.rows:,} rows is "
-            f"{max(routing.largest[i] for i in never):.1g}, that of the others "
-            f"{max(routing.largest):.3g} (exact)"
-            + (f"; the router's biases differ by {offset:.3g}" if by_bias else ""),
-            cause="The router's bias outweighs what it sees of the inputs: what it does not choose gets no gradient."
-            if by_bias
-            else "The router's scores are far apart for all inputs: what it does not choose gets no gradient.",
-            action=Action("reset", {"names": (f"{router}.bias",)}) if by_bias else None,
-            advice="Start the router with small scores, and add a loss that balances the load.",
-            source="Shazeer et al. 1701.06538, §4",
-        )
-        return
 
 
 def _groups(found: Sequence[Gate]) -> list[list[Gate]]:
@@ -241,4 +205,4 @@ def _is_cell(context: Context, activation: Activation) -> bool:
     return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (saturated_units, sigmoids, gates, experts)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (saturated_units, sigmoids, gates)

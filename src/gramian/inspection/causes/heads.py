@@ -20,6 +20,8 @@ SPREAD, SHARED, ABOVE = 8.0, 3.0, 3.0
 # The lowest loss that bounded scores can reach, as a share of ln(classes): told from here on, and as an error from
 # there.
 FLOOR, MOSTLY = 0.2, 0.5
+# Times that a learned scale has to grow, from which on it is told.
+FAR = 20.0
 # Scale of cosines above which softmax looks at the largest alone; CLIP bounds its own at 100.
 SHARPEST = 300.0
 
@@ -131,31 +133,38 @@ def bounded_scores(context: Context) -> Iterator[Finding]:
             "loss-bounded-scores",
             "warning",
             f"The scores are cosines times {scale:g}: differences of a hundredth decide",
-            where="loss",
+            where=", ".join(filter(None, ("loss", cosines.learned))),
             evidence=f"both factors of the scores have length one (exact), and a difference of 0.01 between two "
             f"cosines changes the odds by e^{scale / 100:g}",
             cause="The temperature is so small that softmax looks at the largest score alone: the loss is the "
             "difference of two scores, gradients are as many times larger, and pairs that are not the hardest teach "
             "nothing.",
-            advice="Use a temperature of 0.05 to 0.1, or a learned one whose scale is at most 100 (CLIP).",
+            advice="Start the learned scale at 14, as exp of a parameter at ln 14, and clamp it at 100 (CLIP)."
+            if cosines.learned
+            else "Use a temperature of 0.05 to 0.1, or a learned one whose scale is at most 100 (CLIP).",
             source="Radford et al. 2103.00020, §2.5",
         )
         return
     balanced = math.log1p((classes - 1) * math.exp(-scale * classes / (classes - 1)))
     lowest, guessing = math.log1p((classes - 1) * math.exp(-2 * scale)), math.log(classes)
-    if lowest < FLOOR * guessing:
-        return
     # With this scale, a cosine of 1 against others of 0 has a hundredth of the loss of guessing.
     wanted = math.log((classes - 1) / math.expm1(guessing / 100))
+    if lowest < FLOOR * guessing or (cosines.learned and scale * FAR > wanted):
+        return
     yield Finding(
         "loss-bounded-scores",
-        "error" if lowest > MOSTLY * guessing else "warning",
-        f"The scores are cosines, between {-scale:g} and {scale:g}: the loss cannot fall below {lowest:.3g}",
-        where="loss",
+        "error" if lowest > MOSTLY * guessing and not cosines.learned else "warning",
+        f"The scores are cosines times {scale:g}, by a learned scale that has to grow {wanted / scale:.0f} times"
+        if cosines.learned
+        else f"The scores are cosines, between {-scale:g} and {scale:g}: the loss cannot fall below {lowest:.3g}",
+        where=", ".join(filter(None, ("loss", cosines.learned))),
         evidence=f"both factors of the scores have length one (exact); with {classes:,} classes the lowest loss is "
         f"ln(1 + {classes - 1:,} e^(−{2 * scale:g})) = {lowest:.3g}, {lowest / guessing:.0%} of guessing's "
         f"{guessing:.3g}",
-        cause="Features and class vectors are normalized, and no temperature widens the range of their products. With "
+        cause="The learned scale starts so small that it has to grow many times before the loss can fall; a step of "
+        "Adam moves its logarithm by the rate."
+        if cosines.learned
+        else "Features and class vectors are normalized, and no temperature widens the range of their products. With "
         f"as many samples of each class the loss stays above {balanced:.3g}.",
         advice=f"Multiply the scores by a scale: {max(10.0, math.ceil(wanted)):g} or more here, or a learned one that "
         "starts there, such as exp of a parameter at ln 14 (CLIP); dividing by a temperature of 0.1 is a scale of 10.",

@@ -11,7 +11,7 @@ from torch import Tensor
 from gramian.batch import main_input
 from gramian.errors import GramianError
 from gramian.inspection.causes.context import Context
-from gramian.inspection.passes.given import given_of, key
+from gramian.inspection.passes.given import Given, given_of, key
 from gramian.inspection.passes.moments import all_finite
 from gramian.inspection.passes.records import Raw
 from gramian.report import Finding, Severity
@@ -265,23 +265,37 @@ def other_inputs(context: Context) -> Iterator[Finding]:
                 "The data have missing values; everything computed from them is lost.",
                 "Find where they come from, and replace or drop those samples.",
             )
-        codes = torch.cat([t.cpu().flatten() for t in given.values])
-        is_code = given.is_input and given.values[0].ndim == 1 and not codes.is_floating_point()
-        if is_code and len(codes) >= MANY and bool((codes == codes[0]).all()) and len(context.given_inputs[0]) > 1:
-            yield _finding(
-                "input-constant",
-                "warning",
-                f"All {len(codes)} values of {given.name} are the same",
-                f"{given.name} is {int(codes[0])} for all samples (exact)",
-                "What tells samples apart was lost on the way: a clamp, a default value, or a column of one kind.",
-                "Look at what the loader returns.",
-            )
+        yield from _constant(context, given)
     if context.has_float_inputs and not context.changes_inputs_first:
         others = [raw for raw in context.observed.raw if not _is_main(context, raw.key)]
     else:
         others = context.observed.raw
     for raw in others:
         yield from _judged(context, raw)
+
+
+def _constant(context: Context, given: Given) -> Iterator[Finding]:
+    """Find one number for all samples, as a time that was set to a default, beside another input. Exact.
+
+    Numbers that are no codes are asked only where the model is called once: the second call of a loss may be at the
+    start, or at a boundary.
+    """
+    values = given.values[0]
+    is_float = values.is_floating_point()
+    if not given.is_input or values.numel() != len(values) or values.ndim > 1 + is_float:
+        return
+    if len(context.given_inputs[0]) < 2 or (is_float and context.observed.passes != 1):
+        return
+    numbers = torch.cat([t.detach().cpu().flatten() for t in given.values])
+    if len(numbers) >= MANY and bool((numbers == numbers[0]).all()):
+        yield _finding(
+            "input-constant",
+            "warning",
+            f"All {len(numbers)} values of {given.name} are the same",
+            f"{given.name} is {numbers[0].item():g} for all samples (exact)",
+            "What tells samples apart was lost on the way: a clamp, a default value, or a column of one kind.",
+            "Look at what the loader returns.",
+        )
 
 
 def _spread(x: Tensor) -> tuple[Tensor, Tensor]:

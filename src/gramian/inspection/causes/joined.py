@@ -77,6 +77,29 @@ def same(context: Context) -> Iterator[Finding]:
     )
 
 
+def copied(context: Context) -> Iterator[Finding]:
+    """Find pairs whose two sides are the same, which no loss has to bring together. Measured."""
+    rows = context.probes.together_rows
+    if rows is None or not rows.are_copies:
+        return
+    one, other = rows.inputs
+    values = [[t for g in context.given if g.name == name for t in g.values] for name in rows.inputs]
+    if not all(torch.equal(a, b) for a, b in zip(*values, strict=True)):
+        return
+    yield Finding(
+        "pairs-mismatched",
+        "warning",
+        f"{one} and {other} are the same for all samples, and the loss takes them as pairs",
+        where="data",
+        evidence="equal bit for bit in all batches that were read, and so are their outputs in training mode; the loss "
+        "is lower where the two of a row are equal than where they are those of other rows (measured)",
+        cause="The augmentation is missing, was drawn with one seed, or one of the two is a copy: what is to be alike "
+        "is alike from the start, so that nothing has to be learned of what two views of a sample have in common.",
+        advice="Draw the two views of each sample apart.",
+        source="Chen et al. 2002.05709, §3",
+    )
+
+
 def _tensors(given: list[Given]) -> dict[str, Tensor] | None:
     """The rows of all batches, by name; `None` where some tensor has no row for each sample."""
     made: dict[str, Tensor] = {}
@@ -206,4 +229,4 @@ def _is_described(t: Tensor) -> bool:
     return t.is_floating_point() or t[0].numel() <= FEW_COLUMNS or len(t.unique()) >= CODES
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (same, joined)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (same, copied, joined)

@@ -66,16 +66,17 @@ def padded(context: Context) -> Iterator[Finding]:
     found = context.probes.counted
     if found is None or context.observed.changed:
         return
+    padding = "have the token padding_idx" if found.is_known else "are filled by one token at the ends of rows"
     yield Finding(
         "padding-read",
-        "info" if found.are_tokens else "warning",
+        "info" if found.is_end else "warning",
         f"Padding counts in the loss, as class {found.label}",
         where="labels",
-        evidence=f"{found.padded:,} of {found.num:,} positions have the token padding_idx, all with {found.label} in "
+        evidence=f"{found.padded:,} of {found.num:,} positions {padding}, all with {found.label} in "
         f"{found.name}, and the loss has a gradient there (exact)",
         cause="Labels were padded with a number that is a class, so that the network learns to tell padding, and the "
         "loss and the accuracy are better than they are."
-        + (" This is as it should be where the padding token is what ends a text." if found.are_tokens else ""),
+        + (" This is as it should be where the padding token is what ends a text." if found.is_end else ""),
         advice="Pad labels with -100, the ignore_index of torch's cross-entropy, or leave these positions out.",
     )
 

@@ -124,7 +124,7 @@ def _local(products: Tensor) -> Tensor:
     """How near rows are to each other, from x xᵀ."""
     squares = products.diagonal()
     distances = (-2 * products).add_(squares).add_(squares[:, None])
-    torch.threshold_(distances, ROUNDING * float(squares.amax()), 0.0)
+    F.threshold(distances, ROUNDING * float(squares.amax()), 0.0, inplace=True)
     # And not kthvalue, which takes five times as long.
     nearest = distances.topk(min(NEIGHBORS, len(products) - 1) + 1, 1, largest=False)
     width = nearest.values[:, -1].median()

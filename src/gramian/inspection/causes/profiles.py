@@ -10,6 +10,9 @@ from gramian.report import Finding
 
 __all__ = ["RULES"]
 
+# Share of the largest worth of a choice above which an entropy's factor is no rounding.
+SMALL = 1e-4
+
 
 def profile(context: Context) -> Iterator[Finding]:
     """Find outputs along which the loss has no minimum, or which larger labels push down. Measured."""
@@ -78,4 +81,59 @@ def choices(context: Context) -> Iterator[Finding]:
     )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (profile, choices)
+def entropy(context: Context) -> Iterator[Finding]:
+    """Find policies whose entropy counts for more than what came of their choices, or is drawn to zero. Measured."""
+    found = context.probes.policy
+    if found is None:
+        return
+    evidence = (
+        f"by the scores {found.shape}, drawn at random, the gradient is that of log p({found.choice}), times "
+        f"{found.worth:.3g} at most, and {abs(found.entropy):.3g} times that of the entropy (fitted, exact to 10⁻³)"
+    )
+    if found.entropy > found.worth:
+        yield Finding(
+            "loss-term-dominates",
+            "warning",
+            f"The entropy's factor of {found.entropy:.3g} is larger than all that a choice is worth: up to "
+            f"{found.worth:.3g}",
+            where="loss",
+            evidence=evidence,
+            cause="The policy is drawn to equal probabilities, whatever came of its choices: the best that it can "
+            "reach is softmax(advantage / factor).",
+            advice="Use 0.01 or less beside advantages of about 1, and normalize these.",
+            source="Mnih et al. 1602.01783, §4",
+        )
+    elif found.entropy < -SMALL * found.worth:
+        yield Finding(
+            "loss-reversed",
+            "warning",
+            "The loss falls as the entropy of the policy falls",
+            where="loss",
+            evidence=evidence,
+            cause="The entropy has the wrong sign: the policy is drawn to the choices that it makes already, and stops "
+            "trying others.",
+            advice="Subtract the entropy: loss − 0.01 · H, where H = −(p · log p).sum().",
+            source="Mnih et al. 1602.01783, §4",
+        )
+
+
+def attached(context: Context) -> Iterator[Finding]:
+    """Find advantages through which a policy's loss moves its baseline. Exact."""
+    found = context.probes.policy
+    if found is None or not found.is_attached:
+        return
+    yield Finding(
+        "target-not-detached",
+        "warning",
+        f"The gradient of the policy's loss goes on into the values that {found.reward} is compared with",
+        where="loss",
+        evidence=f"the gradient by an output of one number for each sample holds log p({found.choice}), and has a "
+        "derivative by the scores (exact)",
+        cause="The advantage is not detached: the values are moved to make likely choices look worth more, and not to "
+        "what they estimate.",
+        advice="Detach the advantage where it multiplies the log-probability: (returns − values).detach().",
+        source="Mnih et al. 1602.01783, §4",
+    )
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (profile, choices, entropy, attached)

@@ -12,6 +12,7 @@ from torch import nn
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.causes.precision import gradient_overflow
+from gramian.inspection.causes.routers import idle_experts
 from gramian.inspection.rules import ADAMW_EPS
 from gramian.report import Finding
 
@@ -60,11 +61,13 @@ def unreached(context: Context) -> Iterator[Finding]:
             "these layers and the loss.",
             advice="Remove it, or freeze these parameters with requires_grad_(False) if it is meant.",
         )
+    idle = [f"{name}." for one in idle_experts(context) for name in one.names]
+    unused = [n for n in unused if not n.startswith(tuple(idle))]  # which the router's finding is about
     if unused:
         modules = list(dict.fromkeys(context.module_of(n) or n for n in unused))
         share = sum(context.parameters[n].numel() for n in unused) / sum(p.numel() for p in context.parameters.values())
-        idle = context.probes.idle_targets
-        is_odd = bool(idle) or any(context.has_used_twin(m) or _is_stood_in_for(context, m) for m in modules)
+        left = context.probes.idle_targets
+        is_odd = bool(left) or any(context.has_used_twin(m) or _is_stood_in_for(context, m) for m in modules)
         yield Finding(
             "parameter-unused",
             "warning" if share > UNUSED or is_odd else "info",
@@ -72,9 +75,9 @@ def unreached(context: Context) -> Iterator[Finding]:
             where=some(modules, SHOWN),
             evidence=f"{some(unused, SHOWN)}: no result of theirs reaches the loss in {len(seen.batches)} batches "
             f"(exact); {share:.1%} of all values"
-            + (f"; nor does the loss depend on {some(idle)} (exact)" if idle else ""),
+            + (f"; nor does the loss depend on {some(left)} (exact)" if left else ""),
             cause="A term of the loss is missing, which would compare their result with that."
-            if idle
+            if left
             else "The layer was built and is not called, its result is dropped, or it serves other inputs.",
             advice="Use it in forward, or remove it.",
         )
@@ -207,6 +210,28 @@ def stopped(context: Context) -> Iterator[Finding]:
     )
 
 
+def canceled(context: Context) -> Iterator[Finding]:
+    """Find differences and quotients in the loss whose two sides are one function of the parameters. Measured."""
+    seen = context.observed
+    if not seen.canceled:
+        return
+    zero = [n for n, g in seen.gradients.items() if g == 0.0]
+    constant = "1" if seen.canceled == "quotient" else "0"
+    yield Finding(
+        "gradient-stopped",
+        "error" if zero else "warning",
+        f"Nothing is learned from a {seen.canceled} in the loss: its sides are the same, and their gradients cancel",
+        where=", ".join(("loss", *dict.fromkeys(map(context.module_of, zero[:SHOWN])))),
+        evidence=f"it is {constant} for all samples, both sides have a gradient, and by all parameters together no "
+        "gradient is left of them" + (f"; that of {some(zero, SHOWN)} is zero (exact)" if zero else " (exact)"),
+        cause="One side is to stay as it was, and was made by the same weights with a gradient: the log-probabilities "
+        "of the policy that acted, a teacher's output, another view of the same samples.",
+        advice="Detach that side: keep it from when the actions were drawn, or compute it under torch.no_grad(). A "
+        "ratio exp(logp − logp.detach()) is 1 too, and has a gradient.",
+        source="Schulman et al. 1707.06347, equation 6",
+    )
+
+
 def _is_zero_behind_head(context: Context) -> bool:
     """Whether all matrices but the head get a gradient of exact zeros, and no zero matrix explains that."""
     zero = context.observed.zero_gradients
@@ -251,5 +276,5 @@ def _parameters(count: int, *, verb: str = "get", single: str = "gets") -> str:
 
 
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
-    numbers, flat, stopped, unreached, drawn, unregistered, shared,
+    numbers, flat, canceled, stopped, unreached, drawn, unregistered, shared,
 )  # fmt: skip

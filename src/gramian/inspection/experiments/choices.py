@@ -12,7 +12,7 @@ from gramian.batch import mapped
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import Given, given_of
 
-__all__ = ["Choices", "along_choices"]
+__all__ = ["LEAST", "MOST", "Choices", "along_choices", "chosen_and_numbers"]
 
 # Scores of a row that are looked at, and samples.
 MOST, LEAST = 512, 8
@@ -59,9 +59,7 @@ def along_choices(asked: Asked) -> Choices | None:
     replay = asked.replay
     if not replay.is_known or not replay.outputs or asked.seen.strangers:
         return None
-    given = given_of([asked.batch], set(), set())
-    chosen = [g for g in given if g.values[0].dtype in (torch.int64, torch.int32) and _is_by_sample(g)]
-    numbers = [g for g in given if g.values[0].is_floating_point() and _is_by_sample(g) and not _OTHERS.search(g.name)]
+    chosen, numbers = chosen_and_numbers(asked)
     found: list[tuple[Choices | None, bool]] = []
     for number in numbers:
         of = next(g.values for g in given_of(asked.seen.batches, set(), set()) if g.name == number.name)
@@ -85,6 +83,22 @@ def along_choices(asked: Asked) -> Choices | None:
         return None  # one number at least draws the scores as it should
     others = [wrong for wrong, is_flag in found if not is_flag]
     return others[0] if others else found[0][0] if len(numbers) == 1 else None
+
+
+def chosen_and_numbers(asked: Asked) -> tuple[list[Given], list[Given]]:
+    """The tensors of a batch with a whole number for each sample, and those with a number that may be a reward.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: both.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+    """
+    given = [g for g in given_of([asked.batch], set(), set()) if _is_by_sample(g)]
+    chosen = [g for g in given if g.values[0].dtype in (torch.int64, torch.int32)]
+    return chosen, [g for g in given if g.values[0].is_floating_point() and not _OTHERS.search(g.name)]
 
 
 def _is_by_sample(given: Given) -> bool:

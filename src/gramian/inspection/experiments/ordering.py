@@ -14,7 +14,7 @@ from gramian.batch import main_input, mapped
 from gramian.inspection.experiments.replaying import Asked, are_equal, outputs_of
 from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
-from gramian.inspection.passes.padding import is_filled_at_ends, padding_of
+from gramian.inspection.passes.padding import filled_ends, padding_of
 
 __all__ = ["are_in_order", "as_set", "ignores_order", "run_along_rows", "without_order"]
 
@@ -117,8 +117,9 @@ def run_along_rows(model: nn.Module, batches: Sequence[Any]) -> bool:
     x = main_input(batches[0])
     if x.ndim != 2 or x.is_floating_point():
         return False
-    if is_filled_at_ends(x) != is_filled_at_ends(x.T):
-        return is_filled_at_ends(x)
+    along_rows, along_columns = (filled_ends(t) is not None for t in (x, x.T))
+    if along_rows != along_columns:
+        return along_rows
     return are_in_order(model, batches) and not are_in_order(model, batches, dim=0)
 
 

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gramian.batch import first_samples, main_input, tensors
 from gramian.inspection.experiments.replaying import Asked
-from gramian.inspection.passes.given import given_of
-from gramian.inspection.passes.padding import padding_of
+from gramian.inspection.passes.given import Given, given_of
+from gramian.inspection.passes.padding import filled_ends, padding_of
 from gramian.recording.hooks import hooks
 from gramian.recording.keeping import seed_torch
 
@@ -49,14 +49,17 @@ class Counted:
         label: at all padded positions of all batches.
         padded: number of them.
         num: number of all positions.
-        are_tokens: whether the classes are the vocabulary of the inputs, in which padding may be what ends a text.
+        is_end: whether padding may be what ends a text: the classes are the vocabulary of the inputs, and it is a
+            token's label too, or fills few positions.
+        is_known: whether an embedding's padding_idx says what padding is.
     """
 
     name: str
     label: int
     padded: int
     num: int
-    are_tokens: bool
+    is_end: bool
+    is_known: bool
 
 
 def counts_padding(asked: Asked) -> Counted | None:
@@ -71,19 +74,21 @@ def counts_padding(asked: Asked) -> Counted | None:
     Source: this library's own.
     """
     model, seen = asked.model, asked.seen
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    known = [m for m in tables if m.padding_idx is not None]
     given = [g for g in given_of(seen.batches, seen.fed, set()) if g.values[0].ndim == 2 and _are_whole(g.values)]
-    inputs = [g for g in given if g.is_input]
-    if len(tables) != 1 or len(inputs) != 1:
+    labels = [g for g in given if not g.is_input]
+    inputs = [g for g in given if g.is_input and labels and _shapes(g) == _shapes(labels[0])]
+    if len(labels) != 1 or len(inputs) != 1 or len(known) > 1 or not tables:
         return None
-    shapes = [x.shape for x in inputs[0].values]
-    labels = [g for g in given if not g.is_input and [y.shape for y in g.values] == shapes]
-    if len(labels) != 1:
-        return None
-    padding = torch.cat([(x == tables[0].padding_idx).flatten() for x in inputs[0].values])
+    places = [_padding(x, known) for x in inputs[0].values]
+    padding = torch.cat([t.flatten() for t in places])
     y = torch.cat([t.flatten() for t in labels[0].values])
     there, others = y[padding], y[~padding]
     if len(there) < FEW * len(y) or len(there.unique()) != 1 or len(others.unique()) < 2 or int(there[0]) < 0:
+        return None
+    is_apart = not bool((others == there[0]).any())
+    if not known and not is_apart:  # by where it stands alone
         return None
     made: list[Tensor] = []
 
@@ -95,7 +100,7 @@ def counts_padding(asked: Asked) -> Counted | None:
         seed_torch(0)
         with torch.enable_grad():
             total, _ = asked.objective.loss(model, batch)
-    here = inputs[0].values[0][:ENOUGH] == tables[0].padding_idx
+    here = places[0][:ENOUGH]
     if len(made) != 1 or made[0].ndim != 3 or not total.requires_grad:
         return None
     (gradient,) = torch.autograd.grad(total, made, allow_unused=True)
@@ -105,8 +110,21 @@ def counts_padding(asked: Asked) -> Counted | None:
     axis = 2 if is_last else 1
     if not bool(gradient.ne(0).any(axis)[here.to(gradient.device)].any()):
         return None
-    tokens = made[0].shape[axis] == tables[0].num_embeddings
-    return Counted(labels[0].name, int(there[0]), len(there), len(y), tokens)
+    are_tokens = any(made[0].shape[axis] == table.num_embeddings for table in known or tables)
+    is_end = are_tokens and not (is_apart and len(there) >= PADDED * len(y))
+    return Counted(labels[0].name, int(there[0]), len(there), len(y), is_end, bool(known))
+
+
+def _shapes(given: Given) -> list[torch.Size]:
+    return [t.shape for t in given.values]
+
+
+def _padding(x: Tensor, known: list[nn.Embedding]) -> Tensor:
+    """Where tokens are padding: by an embedding's padding_idx, or by the ends of rows that one of them fills."""
+    if known:
+        return x == known[0].padding_idx
+    found = filled_ends(x) if len(x.unique()) > 2 else None
+    return torch.zeros_like(x, dtype=torch.bool) if found is None else found
 
 
 def _are_whole(values: list[Tensor]) -> bool:

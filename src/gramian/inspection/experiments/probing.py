@@ -25,6 +25,7 @@ from gramian.inspection.experiments.ordering import ignores_order
 from gramian.inspection.experiments.padded import Counted, Reading, counts_padding, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
 from gramian.inspection.experiments.peaks import Peak, at_labels
+from gramian.inspection.experiments.policies import Policy, policy_terms
 from gramian.inspection.experiments.profiles import Profile, along_outputs
 from gramian.inspection.experiments.ranges import Beyond, beyond_range
 from gramian.inspection.experiments.reaching import cut, unlinked
@@ -67,6 +68,7 @@ TRIED = {
     "reading": "whether the loss reads a sequence at its padding",
     "profile": "whether the loss has a minimum along each output",
     "choices": "whether larger rewards raise the scores of their actions",
+    "policy": "what a policy's loss is made of",
     "rows": "whether the loss compares each sample with itself",
     "contrast": "what a loss of embeddings pulls together",
     "labels": "which tensors the loss compares outputs with",
@@ -127,6 +129,7 @@ class Probes:
         reading: where the loss reads one position, which is padding.
         profile: where the loss has no minimum along an output, or larger labels push it down.
         choices: what is wrong between choices, what came of them, and their scores.
+        policy: the parts of a policy's loss.
         rows: numbers of a sample that are compared with other outputs than its own.
         contrast: embeddings that are pulled together, and are of other samples.
         labels: the tensors that the model is not given, and with which alone an output is compared.
@@ -171,6 +174,7 @@ class Probes:
     reading: Reading | None = None
     profile: Profile | None = None
     choices: Choices | None = None
+    policy: Policy | None = None
     rows: Rows | None = None
     contrast: Contrast | None = None
     labels: tuple[str, ...] = ()
@@ -269,8 +273,8 @@ def _sum_over(asked: Asked) -> int | None:
 _PROBES = (
     unlinked, cut, is_affine, _sum_over, falls, plunges, without_effect, idle_half, idle_targets, ignores_order,
     against_labels, silent_columns, silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding,
-    along_outputs, along_choices, compared_rows, pulled_apart, label_names, without_columns, largest_slope,
-    log_determinant, at_labels, of_two_values, one_way, is_concave, shortcut, beyond_range, ignored_classes, recut,
-    constant_loss, rows_together, made_into_inputs, unheard_arguments, inverted_mask, blocking_zeros,
-    are_constant, counts_padding, shifted_twice,
+    along_outputs, along_choices, policy_terms, compared_rows, pulled_apart, label_names, without_columns,
+    largest_slope, log_determinant, at_labels, of_two_values, one_way, is_concave, shortcut, beyond_range,
+    ignored_classes, recut, constant_loss, rows_together, made_into_inputs, unheard_arguments, inverted_mask,
+    blocking_zeros, are_constant, counts_padding, shifted_twice,
 )  # fmt: skip

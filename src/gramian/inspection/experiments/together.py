@@ -9,6 +9,7 @@ import torch
 from gramian.batch import mapped
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import given_of, key, taken_of
+from gramian.recording.measuring import training
 
 __all__ = ["Together", "made_into_inputs", "rows_together"]
 
@@ -25,11 +26,13 @@ class Together:
         taken: those that the loss takes beside them, with an effect on the outputs' gradients.
         are_pairs: whether the loss takes two embeddings and nothing else, and is lower where the two of a row are
             equal than where they are those of other rows.
+        are_copies: whether these two are the same for all rows, in training too: nothing drops or moves any of them.
     """
 
     inputs: tuple[str, ...]
     taken: tuple[str, ...]
     are_pairs: bool = False
+    are_copies: bool = False
 
 
 def rows_together(asked: Asked) -> Together | None:
@@ -64,7 +67,8 @@ def rows_together(asked: Asked) -> Together | None:
         if all(torch.equal(a, b) for a, b in zip(replay.slopes, after, strict=True)):
             return None
         taken.append(one.name)
-    return Together(tuple(given), tuple(taken), not taken and len(given) == 2 and _are_pairs(replay))
+    are_pairs = not taken and len(given) == 2 and _are_pairs(replay)
+    return Together(tuple(given), tuple(taken), are_pairs, are_pairs and _are_copies(asked))
 
 
 def made_into_inputs(asked: Asked) -> tuple[str, ...]:
@@ -111,3 +115,13 @@ def _are_pairs(replay: Replay) -> bool:
         if not there > here + LOWER * max(abs(here), abs(there)):
             return False
     return True
+
+
+def _are_copies(asked: Asked) -> bool:
+    """Whether the two embeddings of each row are the same, also in training, where dropout makes two of one."""
+    one, other = asked.replay.outputs
+    if not torch.equal(one, other):
+        return False
+    with training(asked.model):
+        one, other = Replay(asked.model, asked.batch, asked.objective).outputs
+    return torch.equal(one, other)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.records import Cosines
+from gramian.operators import leaves_of
 
 __all__ = ["Heads"]
 
@@ -43,6 +44,24 @@ class Scored:
     values: Tensor
     operands: tuple[Tensor, ...]
     scale: float = 1.0
+    learned: Tensor | None = None
+
+    def times(self, values: Tensor, factor: _Factor) -> Scored:
+        """The same, times a number."""
+        return replace(
+            self,
+            values=values,
+            scale=self.scale * factor.value,
+            learned=self.learned if factor.learned is None else factor.learned,
+        )
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """A number, and the tensor that it is, where training moves it."""
+
+    value: float
+    learned: Tensor | None
 
 
 class Heads:
@@ -50,10 +69,11 @@ class Heads:
 
     Args:
         seen: gets them.
+        names: of the model's parameters, by id.
     """
 
-    def __init__(self, seen: Observed) -> None:
-        self.seen = seen
+    def __init__(self, seen: Observed, names: Mapping[int, str]) -> None:
+        self.seen, self.names = seen, names
         self.clear()
 
     def clear(self) -> None:
@@ -77,26 +97,34 @@ class Heads:
         elif (func is F.linear or func in _DOTS) and len(given) == 2 and made.ndim > 1:
             scaled = [self.scaled.get(id(t)) or Scored(t, (t,)) for t in given]
             operands = tuple(t for one in scaled for t in one.operands)
-            self._keep(self.scored, Scored(made, operands, scaled[0].scale * scaled[1].scale))
+            learned = next((one.learned for one in scaled if one.learned is not None), None)
+            self._keep(self.scored, Scored(made, operands, scaled[0].scale * scaled[1].scale, learned))
         elif func in _COSINES and made.ndim > 1:
             self._keep(self.scored, Scored(made, ()))
-        elif func in _TIMES and len(given) == 2 and before is None and made.ndim > 2:
-            self._keep(self.products, Scored(made, (given[0], given[1])))
         elif func in (torch.sum, Tensor.sum) and given and id(given[0]) in self.products:
             self._keep(self.scored, replace(self.products[id(given[0])], values=made))
         elif func in _JOINS and all(id(t) in self.scored for t in given):
             parts = [self.scored[id(t)] for t in given]
             if len({part.scale for part in parts}) == 1:
                 operands = tuple(t for part in parts for t in part.operands)
-                self._keep(self.scored, Scored(made, operands, parts[0].scale))
+                self._keep(self.scored, replace(parts[0], values=made, operands=operands))
         elif before is not None and func in _MOVES:
             self._keep(self.scored, replace(before, values=made))
-        elif func in _TIMES | _OVER and len(args) == 2 and (factor := _number(args[1])):
-            factor = factor if func in _TIMES else 1 / factor
-            if before is not None:
-                self._keep(self.scored, replace(before, values=made, scale=before.scale * factor))
+        elif func in _TIMES | _OVER and len(args) == 2 and (factor := _factor(func, args)) is not None:
+            scaled = self.scored.get(id(factor[0]))
+            if scaled is not None:
+                self._keep(self.scored, scaled.times(made, factor[1]))
             elif made.ndim > 1:  # one of the vectors, before their product
-                self._keep(self.scaled, Scored(made, (given[0],), factor))
+                self._keep(self.scaled, Scored(made, (factor[0],)).times(made, factor[1]))
+        elif func in _TIMES and len(given) == 2 and before is None and made.ndim > 2:
+            self._keep(self.products, Scored(made, (given[0], given[1])))
+
+    def _name(self, learned: Tensor | None) -> str:
+        """The parameter that a number is made of."""
+        if learned is None:
+            return ""
+        leaves = {id(learned), *leaves_of(learned)}
+        return next((self.names[leaf] for leaf in leaves if leaf in self.names), "a parameter")
 
     def _keep(self, kept: dict[int, Scored], scored: Scored) -> None:
         kept[id(scored.values)] = scored
@@ -109,13 +137,24 @@ class Heads:
         if not all(map(_is_unit, scored.operands)) or not bool((scores[kept].abs() <= scale * (1 + NARROW)).all()):
             return
         rows = kept.movedim(1, -1) if scores.ndim > 1 else kept
-        self.seen.cosines = Cosines(scale, int(rows.sum(-1).max()))
+        self.seen.cosines = Cosines(scale, int(rows.sum(-1).max()), self._name(scored.learned))
+
+
+def _factor(func: Callable, args: tuple) -> tuple[Tensor, _Factor] | None:
+    """The tensor that a product or quotient takes times a number, and that number."""
+    for values, by in (args, args[::-1]):
+        if isinstance(values, Tensor) and values.numel() > 1 and (number := _number(by)):
+            learned = by if isinstance(by, Tensor) and by.requires_grad else None
+            if func in _TIMES:
+                return values, _Factor(number, learned)
+            return (values, _Factor(1 / number, learned)) if values is args[0] else None
+    return None
 
 
 def _number(value: Any) -> float:
-    """A factor that no training moves, or 0.0."""
+    """A factor, or 0.0 where it is none."""
     if isinstance(value, Tensor):
-        return float(value) if value.numel() == 1 and not value.requires_grad else 0.0
+        return float(value.detach()) if value.numel() == 1 and value.is_floating_point() else 0.0
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 

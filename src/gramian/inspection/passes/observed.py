@@ -40,7 +40,7 @@ class Observed:
         draws: what is drawn without a gradient.
         drawn_target: the function that drew what the loss compares an output with, where nothing else was made of it.
         stopped: where a parameter's gradient is exactly zero, module and operation whose derivative is zero everywhere.
-        routings: softmaxes over what a matrix gives.
+        routings: softmaxes over what a matrix gives, and choices by it.
         added: names of parameters that are added to something.
         multiplied, by_entry: names of parameters whose values a product takes as a matrix, and of those that meet
             other values entry by entry.
@@ -60,11 +60,13 @@ class Observed:
         softmax_over_rows: shape of a matrix that had a softmax over its first dimension outside all modules but the
             whole model.
         bootstrapped: whether a loss compares an output with data plus another one, and both have a gradient.
+        canceled: what the loss makes of two equal sides of which no gradient is left: a difference, a quotient, a loss.
         num_taught: how many losses compare probabilities with others of the same parameters that have a gradient.
         single_softmax: by module, the shape of scores of one matrix over one of which a softmax is taken.
         over_queries: by module in which weights that sum to one over the queries are those of keys, their shape.
         output: the model's, the first tensor of it.
         changed: the tensors of the first batch that a pass writes into, as Python reads them off a batch.
+        passes: how often the loss calls the model.
         fed: keys of the tensors with which the model was called.
         raw: the data that layers take as they are.
         ends: of the function that made it.
@@ -127,11 +129,13 @@ class Observed:
     broadcast: Broadcast | None = None
     softmax_over_rows: torch.Size | None = None
     bootstrapped: bool = False
+    canceled: str = ""
     num_taught: int = 0
     single_softmax: dict[str, tuple[int, ...]] = field(default_factory=dict)
     over_queries: dict[str, tuple[int, ...]] = field(default_factory=dict)
     output: Tensor | None = None
     changed: tuple[str, ...] = ()
+    passes: int = 0
     fed: set[tuple[int, int]] = field(default_factory=set)
     raw: list[Raw] = field(default_factory=list)
     ends: Ends | None = None

@@ -19,7 +19,8 @@ from gramian.inspection.passes.gating import Gating
 from gramian.inspection.passes.heads import Heads
 from gramian.inspection.passes.moments import as_moments, version
 from gramian.inspection.passes.observed import Observed
-from gramian.inspection.passes.records import Activation, Addition, Attention, Reduction, Routing, Visible
+from gramian.inspection.passes.records import Activation, Addition, Attention, Reduction, Visible
+from gramian.inspection.passes.routing import SOFTMAX, Routings
 from gramian.inspection.passes.sources import trace
 
 __all__ = ["Operations"]
@@ -42,10 +43,6 @@ _BOUNDED: dict[Callable, tuple[str, float, float]] = {
     torch.tanh: ("tanh", -1.0, 1.0), Tensor.tanh: ("tanh", -1.0, 1.0), F.tanh: ("tanh", -1.0, 1.0),
     torch.sigmoid: ("sigmoid", 0.0, 1.0), Tensor.sigmoid: ("sigmoid", 0.0, 1.0), F.sigmoid: ("sigmoid", 0.0, 1.0),
 }  # fmt: skip
-# Scores of a softmax up to which it may choose among modules.
-MOST_CHOICES = 64
-
-_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _MEANS = {torch.mean, Tensor.mean, torch.sum, Tensor.sum}
 
 Read = Callable[[Sequence[Tensor], Callable[..., None]], None]
@@ -73,10 +70,11 @@ class Operations:
         live: bool,
     ) -> None:
         self.seen, self.names, self.read, self.squares, self.live = seen, names, read, squares, live
-        self.heads = Heads(seen)
+        self.heads = Heads(seen, names)
         self.over_queries = OverQueries(seen)
         self.elementwise = ElementWise(names)
         self.gating = Gating(seen, names, read, live=live)
+        self.routings = Routings(seen, names)
         self.is_outside = False  # whether no module is running
         self.is_convolutional = False  # whether the last module with a matrix was a convolution
         self.unfused = 0  # depth of calls that run unfused
@@ -85,6 +83,7 @@ class Operations:
     def clear(self) -> None:
         """Lets go of the pass's tensors."""
         self.gating.clear()
+        self.routings.clear()
         self.heads.clear()
         self.over_queries.clear()
         self.elementwise.clear()
@@ -112,12 +111,12 @@ class Operations:
         if not self.live:
             self.heads.see(func, args, kwargs, given, made)
             self.over_queries.see(name, func, args, kwargs, given, made)
+            self.routings.see(name, order, func, args, kwargs, made)
         self.elementwise.see(self.seen, func, args, given, made)
         self.gating.see(name, order, func, args, kwargs, given, made)
         if func in DROPOUTS and not self.live:
             self.seen.dropouts[name] = max(share_dropped(func, args, kwargs), self.seen.dropouts.get(name, 0.0))
-        if func in _SOFTMAX and given and not self.live:
-            self._routing(name, order, given[0], made)
+        if func in SOFTMAX and given and not self.live:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             is_single = isinstance(dim, int) and made.ndim > 2 and made.shape[dim] == 1 < made.shape[1]
             if is_single and trace(given[0], self.names).sources:
@@ -128,7 +127,7 @@ class Operations:
             function, low, high = _BOUNDED[func]
             before = next((t for t in given if t.shape == made.shape), None)
             self._activation(name, order, function, made, (low, high), before)
-        elif func in _SOFTMAX and made.ndim >= 3 and made.shape[-1] > 1:
+        elif func in SOFTMAX and made.ndim >= 3 and made.shape[-1] > 1:
             self._attention(name, order, made, given[0] if given and given[0].shape == made.shape else None)
         elif func is F.scaled_dot_product_attention:
             self._attention(name, order, *(attention_weights(*args, **kwargs) or ()))
@@ -188,17 +187,6 @@ class Operations:
                 self.seen.attentions.append(Attention(name, order, entropy if seeing else 1.0, masked))
 
         self.read(entropy_and_masked(weights, scores), keep)
-
-    def _routing(self, name: str, order: int, given: Tensor, made: Tensor) -> None:
-        """Keeps a softmax over few scores that are rows of a matrix, as those of experts are."""
-        choices = made.shape[-1] if made.ndim in (2, 3) else 0
-        if not 2 <= choices <= MOST_CHOICES or not made.numel() or given.shape != made.shape:
-            return
-        sources = trace(given, self.names).sources
-        if sources:
-            largest = made.detach().float().flatten(0, -2).amax(0)
-            kept = Routing(name, order, sources, tuple(largest.tolist()), made.numel() // choices)
-            self.seen.routings.append(kept)
 
     def _reduction(self, name: str, order: int, func: Callable, given: Tensor, made: Tensor) -> None:
         count = given.numel() / max(1, made.numel())

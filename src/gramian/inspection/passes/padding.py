@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gramian.batch import token_mask
 from gramian.errors import GramianError
 
-__all__ = ["is_filled_at_ends", "padding_of"]
+__all__ = ["filled_ends", "padding_of"]
 
 # Tokens that are padding by where they stand, from which on they count.
 FEW = 16
@@ -41,25 +41,22 @@ def padding_of(model: nn.Module, batch: Any, x: Tensor, *, is_main: bool = True)
         mask = token_mask(batch) if is_main else None
     if mask is not None and len(mask) == len(x):
         return ~mask.to(x.device)
-    return _ends(x) if x.ndim == 2 and not x.is_floating_point() and len(x.unique()) > 2 else None  # no mask itself
+    return (
+        filled_ends(x) if x.ndim == 2 and not x.is_floating_point() and len(x.unique()) > 2 else None
+    )  # no mask itself
 
 
-def is_filled_at_ends(x: Tensor) -> bool:
-    """Whether one of (N, T) tokens fills the ends, or the beginnings, of rows of several lengths, and no other place.
+def filled_ends(x: Tensor) -> Tensor | None:
+    """Where one token fills the ends, or the beginnings, of rows of several lengths, and is nowhere else.
 
     Args:
-        x: the tokens.
+        x: (N, T) tokens.
 
-    Returns: whether.
+    Returns: true there; `None` where none does.
     Raises: nothing of its own.
-    Cost: a pass over the tokens.
+    Cost: a few passes over the tokens.
     Source: this library's own.
     """
-    return _ends(x) is not None
-
-
-def _ends(x: Tensor) -> Tensor | None:
-    """Where (N, T) one token fills the ends, or the beginnings, of rows of several lengths, and is nowhere else."""
     for tokens in (x, x.flip(1)):
         value = tokens[:, -1].mode().values
         found = tokens == value

@@ -160,13 +160,14 @@ class Gate:
 
 @dataclass(frozen=True)
 class Routing:
-    """A softmax over what a matrix gives, which may choose among modules.
+    """A softmax over what a matrix gives, or the largest of that, which may choose among modules.
 
     Attributes:
         name, order: the module in which it is, and its place.
         sources: the parameters of the scores.
-        largest: of each choice, its largest weight of all rows.
+        largest: of each choice, its largest weight of all rows; of the largest scores, 1 where one of them is its own.
         rows: how many there are.
+        is_choice: whether the largest scores are taken.
     """
 
     name: str
@@ -174,6 +175,7 @@ class Routing:
     sources: tuple[Source, ...]
     largest: tuple[float, ...]
     rows: int
+    is_choice: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,10 +240,12 @@ class Cosines:
     Attributes:
         scale: that number.
         num_classes: how many scores of a row are not masked.
+        learned: the parameter that is in that number, if one is.
     """
 
     scale: float
     num_classes: int
+    learned: str = ""
 
 
 @dataclass(frozen=True)

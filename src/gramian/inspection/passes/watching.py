@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.batch import mapped
+from gramian.inspection.experiments.canceling import canceled
 from gramian.inspection.passes.draws import Draws
 from gramian.inspection.passes.following import Follower
 from gramian.inspection.passes.given import key
@@ -105,6 +106,7 @@ class Watcher(Follower):
         if not name:
             self.held -= {id(t) for t in tensors_of((*args, *kwargs.values()))}
         if not name and not self.live and not self.careful:
+            self.seen.passes += 1
             called = [t for t in tensors_of((*args, *kwargs.values())) if t.ndim]
             given = [t for t in called if not t.requires_grad]
             if not in_vmap():  # whose tensors have no storage
@@ -233,6 +235,8 @@ class Watcher(Follower):
                 self._see_ends(args[0] if args else kwargs.get("input"))
             with torch._C.DisableTorchFunction():
                 see_loss(self.seen, self.place, func, args, kwargs, self.bounded.get(id(args[0])) if args else None)
+                if not self.stack and not self.seen.canceled:
+                    self.seen.canceled = canceled(func, args, self.model)
         given = (*args, *kwargs.values()) if self.careful and self.first_non_finite is None else None
         output = func(*args, **kwargs)
         name = self.place
@@ -276,6 +280,8 @@ class Watcher(Follower):
         if func is torch.autograd.grad:
             self._differentiated(kwargs, output)
         if made is None:
+            if not self.live:
+                self.operations.routings.see(name, self.order, func, args, kwargs, output)
             self.operations.gating.divided(func, given, output)
             self.operations.elementwise.see(self.seen, func, args, given, output)
             return

@@ -22,6 +22,7 @@ from gramian.linalg.engine.krylov import (
     exclusion_ratio,
     gaussian,
     lanczos,
+    next_check,
     random_rows,
     ritz,
     ritz_pairs,
@@ -154,6 +155,7 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
     hopeless, floor = torch.zeros(b, dtype=torch.bool, device=ops.like.device), ops.like.new_zeros(b).double()
     slack = floor
     total: Tensor | None = None
+    before: tuple[int, Tensor] | None = None
     sample = gaussian(generator, ops.like, b, 8, n).to(ops.like.dtype) if square is None else None
     cast = None if sample is None else ops.forth(sample)
 
@@ -163,7 +165,7 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
         return back
 
     def stop(found: Krylov) -> int:
-        nonlocal hopeless, floor, slack, total
+        nonlocal hopeless, floor, slack, total, before
         w, _, residuals = ritz_pairs(found)
         whole = w.sum(-1)
         if square is not None:
@@ -183,7 +185,8 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
         hopeless = (size > 0.5 * allowed) & (worse(blur) > 0.4 * allowed)
         squares = residuals[:, -k:] ** 2
         floor = ALLOWED[0] * w[:, -k].clamp_min(0)
-        enough = worse(expected_loss(squares, w, k, floor)) <= 0.5 * allowed
+        missed = worse(expected_loss(squares, w, k, floor))
+        enough = missed <= 0.5 * allowed
         for share in ALLOWED[1:]:
             wider = share * w[:, -k].clamp_min(0)
             floor = torch.where(worse(expected_loss(squares, w, k, wider)) <= 0.5 * allowed, wider, floor)
@@ -192,8 +195,13 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
             # The norm outside may be as large as the k-th eigenvalue.
             enough = enough & (worse(2 * squares.sqrt().sum(-1)) <= 0.3 * allowed)
         lost = (norm(found.residual) <= 1e2 * eps * w[:, -1]) | (hopeless & (eps > 1e-12))
-        if wide or not bool((enough | lost).all()):
-            return int(not bool((enough | lost).all()))
+        if not bool((enough | lost).all()):
+            now = torch.where(lost, -math.inf, (missed / (0.5 * allowed)).log())
+            more = next_check(found, before, now)
+            before = found.t.shape[-1] // found.block, now
+            return more
+        if wide:
+            return 0
         # The loss is that of the leading vectors alone. Others, not found yet, may pass them.
         for share in ALLOWED[::-1]:
             lower = torch.where(enough, floor, floor.minimum(share * w[:, -k].clamp_min(0)))
