@@ -26,10 +26,11 @@ _NO_HEADS = re.compile(r"(^|[._])(projection|lora_[AB](\.\w+)?)(\.weight)?$")
 
 # Words in the names of parameters that stand in matrix products, and of those that act channel by channel.
 _MATRIX = re.compile(
-    r"weights?|kernels?|matrix|proj\w*|lora|fn|heads?|out|output|logits|classifier|linear|w[a-z]?|[uv]"
+    r"weights?|kernels?|matrix|proj\w*|lora|fn|heads?|out|output|logits|classifier|linear|down|up|left|right|"
+    r"factors?|w[a-z]?|[uv]"
 )
 _COEFFICIENTS = re.compile(
-    r"mu|mix|mixing|maa|faaaa|scales?|shifts?|gamma|beta|alpha|lambdas?|gains?|ls|decays?|modulat\w+|coeff?s?|"
+    r"mu|maa|faaaa|scales?|shifts?|gamma|beta|alpha|lambdas?|gains?|ls|decays?|modulat\w+|coeff?s?|"
     r"coefficients?|temperatures?|slopes?|sinks?|log|imag|real|std|means?|dt"
 )
 FEW = 8  # rows or columns: so few, and four times as long, are vectors in a stack rather than a matrix
@@ -81,16 +82,16 @@ def acts_by_channel(name: str, shape: tuple[int, int]) -> str:
 
     >>> acts_by_channel("blocks.0.mu", (3, 64)), acts_by_channel("scale_shift_table", (6, 64))
     ('named mu: acts channel by channel', 'named scale_shift_table: acts channel by channel')
-    >>> acts_by_channel("states", (3, 64)), acts_by_channel("w1", (3, 64)), acts_by_channel("inner", (32, 64))
+    >>> acts_by_channel("states", (3, 64)), acts_by_channel("mix", (64, 64)), acts_by_channel("inner", (32, 64))
     ('3 vectors in a stack', '', '')
     """
     local = re.sub(r"(\.\d+)+$", "", name).rpartition(".")[2]
     words = [word.rstrip("0123456789").lower() for word in re.split(r"_|(?<=[a-z])(?=[A-Z])", local)]
+    few, many = sorted(shape)
     if any(_MATRIX.fullmatch(word) for word in words):
         return ""
     if any(_COEFFICIENTS.fullmatch(word) for word in words):
         return f"named {local}: acts channel by channel"
-    few, many = sorted(shape)
     return f"{few} vectors in a stack" if few <= FEW and many >= 4 * few else ""
 
 
