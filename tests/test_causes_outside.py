@@ -72,6 +72,31 @@ def test_a_discriminator_that_ends_with_probabilities(end, function) -> None:
     assert (found[0].code, found[0].where) == ("loss-double-sigmoid", "loss")
 
 
+@pytest.mark.parametrize("is_wrong", [True, False])
+def test_one_of_two_outputs_ends_with_a_sigmoid(is_wrong) -> None:
+    """As a detector's boxes do. Its scores all lie between 0 and 1 at first."""
+
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.box, self.score = nn.Linear(D, 16), nn.Linear(16, 4), nn.Linear(16, 1)
+            nn.init.normal_(self.score.weight, std=0.02)
+            nn.init.constant_(self.score.bias, 0.5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.body(x).relu()
+            return self.box(h).sigmoid(), self.score(h).sigmoid() if is_wrong else self.score(h)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        box, score = model(batch[0])
+        return F.smooth_l1_loss(box, batch[0][:, :4].sigmoid()) + F.binary_cross_entropy_with_logits(score, batch[1])
+
+    draw = torch.Generator().manual_seed(0)
+    data = [torch.randn(64, D, generator=draw) for _ in range(4)]
+    found = gm.inspect(Detector(), [(x, (x[:, 4:5] > 0).float()) for x in data], loss).findings
+    assert ("loss-double-sigmoid" in [f.code for f in found]) is is_wrong
+
+
 def test_a_loss_of_probabilities_and_weights_between_zero_and_one_are_healthy() -> None:
     critic = discriminator(nn.Sigmoid())
 

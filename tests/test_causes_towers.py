@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
+from gramian.inspection.causes.dependence import POWER, labels_depend
 from gramian.report import Finding
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -117,6 +118,21 @@ def test_labels_of_one_of_two_heads_that_were_shuffled(shuffled: str) -> None:
     found = told(Heads(), with_heads(shuffled), of_heads)
     assert [f.code for f in found] == ["labels-independent"] * bool(shuffled)
     assert all(f'batch["{shuffled}"]' in f.title for f in found)
+
+
+@pytest.mark.parametrize(("num_ids", "is_seen"), [(6, True), (150, False)])
+def test_ratings_depend_on_who_rates_what(num_ids: int, is_seen: bool) -> None:
+    """Labels shuffled apart from two columns of codes, and whether the tests would see products of the two."""
+    g = torch.Generator().manual_seed(0)
+    users, items = torch.randint(num_ids, (2, 1024), generator=g)
+    test = labels_depend([[users, items]], [torch.randint(2, (1024,), generator=g)])
+    assert test is not None
+    assert test.linear_power >= POWER
+    assert test.are_independent is is_seen
+    likes = torch.randn(2, num_ids, generator=g)
+    tested = labels_depend([[users, items]], [(likes[0][users] * likes[1][items] > 0).long()])
+    assert tested is not None
+    assert (tested.p_value < tested.level) is is_seen
 
 
 def test_choices_whose_outcome_weighs_their_loss_are_no_labels() -> None:

@@ -50,9 +50,9 @@ def test_labels_made_of_products_are_tried_where_linear_ones_are_seen(monkeypatc
     tried: list[bool] = []
     made_up = dependence._made_up
 
-    def counted(*args: Any, are_products: bool) -> Tensor:
-        tried.append(are_products)
-        return made_up(*args, are_products=are_products)
+    def counted(factors: tuple[Tensor, ...], *args: Any) -> Tensor:
+        tried.append(len(factors) == 2)
+        return made_up(factors, *args)
 
     monkeypatch.setattr(dependence, "_made_up", counted)
     y = torch.randint(4, (128,), generator=seeded(1))
@@ -66,9 +66,9 @@ def test_labels_made_of_products_are_tried_where_linear_ones_are_seen(monkeypatc
 
 def test_labels_made_up_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(64, 6, generator=seeded(0))
-    whole = dependence._made_up(x, 3, seeded(1), are_products=True)
+    whole = dependence._made_up((x, x), 3, seeded(1))
     monkeypatch.setattr(dependence, "MOST_DRAWN", 1)
-    assert (dependence._made_up(x, 3, seeded(1), are_products=True) == whole).float().mean() > 0.999
+    assert (dependence._made_up((x, x), 3, seeded(1)) == whole).float().mean() > 0.999
 
 
 def test_two_tensors_belong_together_from_both_sides() -> None:
@@ -133,9 +133,9 @@ def test_labels_of_many_features_are_made_of_a_root_of_their_products(monkeypatc
     given: list[Tensor] = []
     made_up = dependence._made_up
 
-    def noted(of: Tensor, *args: Any, are_products: bool) -> Tensor:
-        given.append(of)
-        return made_up(of, *args, are_products=are_products)
+    def noted(factors: tuple[Tensor, ...], *args: Any) -> Tensor:
+        given.append(factors[0])
+        return made_up(factors, *args)
 
     monkeypatch.setattr(dependence, "_made_up", noted)
     x, y = torch.randn(128, 2000, generator=seeded(0)), torch.randint(4, (128,), generator=seeded(1))

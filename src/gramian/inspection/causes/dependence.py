@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ NUM_MADE_UP, POWER, MOST_DRAWN = 20, 0.9, 2**18  # and so many numbers are drawn
 # Features up to which products of two are looked at; columns of codes that count each for itself; numbers that count as
 # classes.
 MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
+# Columns of codes up to which labels may depend on pairs of them alone, as ratings do on who rates what.
+MOST_PAIRED = 3
 # Samples are few beside so many times as many features.
 FEW = 8
 PART = 2048  # rows or columns that are multiplied at a time
@@ -80,7 +83,8 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
     linear functions as there are classes, and of as many products of two; a quarter replaced by others' at random.
     Whether two inputs are alike, or which of them is marked, is such a product: nothing is said where these are missed.
     Where all but the structure is noise, of which no one learns products, those of the structure alone are asked, from
-    1,000 samples on.
+    1,000 samples on. Where inputs are two or three columns of codes, as of users and items, labels are also made up of
+    products of one column's function and another's.
 
     Numbers to be predicted count as four classes, by the quarter of their range of ranks; of several, the first.
 
@@ -132,22 +136,27 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
             squares, u = torch.linalg.eigh(gram)
             simple = (u * squares.clamp(min=0).sqrt()).float()
 
-        def share_seen(of: Tensor, *, are_products: bool) -> float:
-            labels = _made_up(of, num, generator, are_products=are_products)
+        def share_seen(*factors: Tensor) -> float:
+            of, labels = factors[0], _made_up(factors, num, generator)
             against = shuffled(labels[0])
             found = _p_values(_statistics(known, labels, num), against)
             return float((_least(found if of is structure else found[:, :3]) < LEVEL).float().mean())
 
-        power = linear_power = share_seen(simple, are_products=False)
+        power = linear_power = share_seen(simple)
         seen = f"; of labels made up of these inputs, a quarter of them noise, {linear_power:.0%} are seen where they "
         seen += "are linear"
         if linear_power >= POWER:  # else nothing is said, whatever the products are
-            of_products = share_seen(simple, are_products=True)
+            of_products = share_seen(simple, simple)
             seen += f", and {of_products:.0%} where they are products"
             if of_products < POWER and structure is not None and len(y) >= ENOUGH and p > CLEARLY:
-                of_products = share_seen(structure, are_products=True)
+                of_products = share_seen(structure, structure)
                 seen += f", {of_products:.0%} of those of their {structure.shape[1]} leading directions"
             power = min(linear_power, of_products)
+            columns = _columns(tensors) if power >= POWER else []
+            if 2 <= len(columns) <= MOST_PAIRED:
+                of_pairs = min(share_seen(a, b) for a, b in itertools.combinations(columns, 2))
+                seen += f", and {of_pairs:.0%} where they are products of a function of one column and one of another"
+                power = min(power, of_pairs)
     return Dependence(
         p,
         LEVEL,
@@ -174,17 +183,28 @@ def _least(p: Tensor) -> Tensor:
     return (p.amin(1) * p.shape[1]).clamp(max=1.0)
 
 
-def _made_up(x: Tensor, num: int, generator: torch.Generator, *, are_products: bool) -> Tensor:
-    """Labels (K, N) that depend on the inputs linearly, or by products of two linear ones, a quarter shuffled."""
-    labels = []
-    at_once = max(1, MOST_DRAWN // (x.shape[1] * num))
+def _columns(tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The columns of codes, each as a matrix (N, codes) of ones and zeros."""
+    found = []
+    for of in tensors:
+        if not of[0].is_floating_point() and math.prod(of[0].shape[1:]) <= FEW_COLUMNS:
+            codes = torch.cat([t.detach().cpu().reshape(len(t), -1) for t in of])[:MOST]
+            found += [torch.nn.functional.one_hot(column.unique(return_inverse=True)[1]).float() for column in codes.T]
+    return found
+
+
+def _made_up(factors: Sequence[Tensor], num: int, generator: torch.Generator) -> Tensor:
+    """Labels (K, N) that depend on products of linear functions of each factor (N, d), a quarter shuffled."""
+    labels, x = [], factors[0]
+    at_once = max(1, MOST_DRAWN // (max(t.shape[1] for t in factors) * num))
     for first in range(0, NUM_MADE_UP, at_once):
         drawn, shuffles = [], []
         for _ in range(min(at_once, NUM_MADE_UP - first)):
-            drawn.append([torch.randn(x.shape[1], num, generator=generator) for _ in range(1 + are_products)])
+            drawn.append([torch.randn(t.shape[1], num, generator=generator) for t in factors])
             rows = torch.randperm(len(x), generator=generator)[::4]
             shuffles.append((rows, rows[torch.randperm(len(rows), generator=generator)]))
-        scores = math.prod((x @ torch.cat(of, 1) for of in zip(*drawn, strict=True)), start=torch.ones(()))
+        of_each = (t @ torch.cat(of, 1) for t, of in zip(factors, zip(*drawn, strict=True), strict=True))
+        scores = math.prod(of_each, start=torch.ones(()))
         made = scores.view(len(x), -1, num).argmax(2).T.contiguous()
         for y, (rows, of) in zip(made, shuffles, strict=True):
             y[rows] = y[of]

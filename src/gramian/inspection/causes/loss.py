@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from gramian.inspection.causes.context import Context
 from gramian.inspection.passes.given import key
@@ -62,13 +63,18 @@ def scores(context: Context) -> Iterator[Finding]:
 
 def binary_scores(context: Context) -> Iterator[Finding]:
     """Find a binary cross-entropy of scores that is applied to probabilities. Exact."""
-    found = context.criterion("binary_cross_entropy_with_logits")
-    made = [
-        e for e in (context.observed.ends, context.observed.scores_end) if e and e.function in ("sigmoid", "softmax")
-    ]
-    if found is None or not made:
+    found, seen = context.criterion("binary_cross_entropy_with_logits"), context.observed
+    if found is None:
         return
-    function, in_model = made[0].function, made[0] is context.observed.ends
+    # Of a network with several outputs, one may end with a sigmoid and another be what the loss is given.
+    in_model = seen.output is not None and _of_one_memory(seen.output, found.given)
+    made = [
+        e for e in (seen.ends if in_model else None, seen.scores_end, found.ends)
+        if e and e.function in ("sigmoid", "softmax")
+    ]  # fmt: skip
+    if not made:
+        return
+    function = made[0].function
     if bool((found.given >= 0).all()) and bool((found.given <= 1).all()):
         yield Finding(
             "loss-double-sigmoid",
@@ -82,6 +88,10 @@ def binary_scores(context: Context) -> Iterator[Finding]:
             if in_model
             else f"Remove the {function} before the loss, or use binary_cross_entropy.",
         )
+
+
+def _of_one_memory(first: Tensor, second: Tensor) -> bool:
+    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
 
 
 def rows(context: Context) -> Iterator[Finding]:
@@ -227,8 +237,13 @@ def training_fails(error: str) -> Iterator[Finding]:
 
 
 def _ends_with(context: Context, function: str, num_classes: int) -> bool:
-    """Whether this activation, of as many channels as there are classes follows the last parameter."""
-    seen = context.observed
+    """Whether this activation, of as many channels as there are classes follows the last parameter.
+
+    Of a network with several outputs, it must have made what the loss is given.
+    """
+    seen, found = context.observed, context.criterion("cross_entropy")
+    if len(seen.output_ends) > 1 and (found is None or found.ends is None or found.ends.function != function):
+        return False
     last = max(seen.used.values(), default=0)
     after = [a for a in seen.activations if a.order > last and a.channels == num_classes]
     return any(function in a.function for a in after)
