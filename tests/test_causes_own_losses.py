@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
+from gramian.inspection.experiments import peaks
 from gramian.bench.faults.cases import Case
 
 CLASSES = 5
@@ -232,6 +233,22 @@ def test_a_triplet_loss_that_is_satisfied_is_no_fault() -> None:
     assert not codes(model, batches, triplet(margin=0.3))
 
 
+def test_a_triplet_loss_that_few_triples_leave_unsatisfied_uses_its_negatives() -> None:
+    """Of the samples that are looked at, all negatives are far, and the loss is that of one positive."""
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        a, p, n = (model(batch[name]) for name in ("anchor", "positive", "negative"))
+        return F.triplet_margin_loss(a, p, n, margin=0.2) + (a - p).square().mean()
+
+    g = torch.Generator().manual_seed(0)
+    x, far = torch.randn(2, 128, 12, generator=g)
+    data = {"anchor": x, "positive": x + 0.01 * torch.randn(x.shape, generator=g), "negative": x + 6 * far.sign()}
+    batches = [{name: t[i : i + 32] for name, t in data.items()} for i in range(0, 128, 32)]
+    model, first = net(12, 8), batches[0]
+    assert loss(model, first | {"negative": first["negative"].roll(1, 0)}) == loss(model, first)
+    assert not codes(model, batches, loss)
+
+
 def test_a_triplet_loss_with_a_margin_of_the_wrong_sign() -> None:
     assert "loss-collapses" in codes(Triplet(), of(triples), triplet(margin=-0.3))
 
@@ -387,3 +404,10 @@ def test_what_half_precision_loses_is_the_factors_fault(kind: str) -> None:
     report = gm.inspect(setup.model, setup.batches, setup.objective, optimizer=setup.optimizer)
     first = next(f.code for f in report.findings if f.severity != "info")
     assert first == f"gradient-{kind.removeprefix('float16-')}"
+
+
+def test_labels_are_put_in_place_of_the_output_of_their_shape() -> None:
+    """And in columns of another one only where there is none: a score is no width of a box."""
+    boxes, scores, labels = torch.zeros(8, 4), torch.zeros(8, 1), torch.zeros(8)
+    assert list(peaks._places([boxes, scores], labels)) == [(1, ())]
+    assert list(peaks._places([boxes], labels)) == [(0, (c,)) for c in range(4)]

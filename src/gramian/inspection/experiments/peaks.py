@@ -107,14 +107,14 @@ def _added(replay: Replay, t: Tensor) -> float | None:
 
 
 def _places(outputs: list[Tensor], t: Tensor) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Outputs of the labels' shape, and columns where each sample has one label."""
-    for i, out in enumerate(outputs):
-        if are_normalized(out):
-            continue
-        if out.numel() == t.numel() and len(out) == len(t):
-            yield i, ()
-        elif out.ndim == 2 and t.numel() == len(t) == len(out) and out.shape[1] <= LEAST:
-            yield from ((i, (c,)) for c in range(out.shape[1]))
+    """Outputs of the labels' shape; where there are none, columns of outputs where each sample has one label."""
+    able = [i for i, out in enumerate(outputs) if not are_normalized(out) and len(out) == len(t)]
+    alike = [i for i in able if outputs[i].numel() == t.numel()]
+    yield from ((i, ()) for i in alike)
+    if not alike and t.numel() == len(t):
+        for i in able:
+            if outputs[i].ndim == 2 and outputs[i].shape[1] <= LEAST:
+                yield from ((i, (c,)) for c in range(outputs[i].shape[1]))
 
 
 def _highest(replay: Replay, i: int, columns: tuple[int, ...], t: Tensor) -> tuple[float, float] | None:

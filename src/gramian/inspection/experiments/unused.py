@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,14 +64,15 @@ def without_effect(asked: Asked) -> Unused | None:
 
     One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order. A
     mask that shows a causal model more of the padding behind the text has no effect, so that each gets the values of
-    the one before, of the one after, and its own in reverse order.
+    the one before, of the one after, and its own in reverse order. A triplet that is satisfied stays so, so that the
+    input gets values ten times as far, and those of others of its shape.
 
     Args:
         asked: the model, left as it was, and its loss.
 
     Returns: an `Unused`; `None` where all have an effect, or there is one input.
     Raises: what the model raises.
-    Cost: up to three passes of 8 samples for each input; as many again where one has no effect.
+    Cost: up to three passes of 8 samples for each input; some more, and all again, where one has no effect.
     Source: this library's own.
     """
     model, seen, objective = asked.model, asked.seen, asked.objective
@@ -84,6 +86,13 @@ def without_effect(asked: Asked) -> Unused | None:
     if len(given) < 2 or seen.first_loss == 0.0:  # a hinge that is satisfied, say, stays so with other inputs
         return None
 
+    def far(x: Tensor) -> Iterator[Any]:
+        """Batches at which a hinge that this input of numbers satisfies is active: far values, and those of others."""
+        alike = (g.values[0] for g in given if g.values[0] is not x)
+        values = [10 * x, -10 * x, *(t for t in alike if (t.shape, t.dtype) == (x.shape, x.dtype))]
+        values = values if x.is_floating_point() else []
+        return (mapped(batch, lambda t, other=other: other if t is x else t) for other in values)
+
     def silent(inputs: Sequence[Given]) -> list[Given]:
         whole = loss_of(model, batch, objective)
         found = []
@@ -93,7 +102,7 @@ def without_effect(asked: Asked) -> Unused | None:
             others += [_reversed(x, whole_values[one.name])] if x.ndim > 1 else []
             varies = bool((x[-1:] != x[:-1]).any()) and bool((others[0] != x).any())
             changed = (mapped(batch, lambda t, x=x, other=other: other if t is x else t) for other in others)
-            if varies and all(loss_of(model, b, objective) == whole for b in changed):
+            if varies and all(loss_of(model, b, objective) == whole for b in (*changed, *far(x))):
                 found.append(one)
         return found
 
