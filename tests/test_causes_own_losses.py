@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.inspection.experiments import peaks
 from gramian.bench.faults.cases import Case
+from gramian.inspection.experiments import peaks
 
 CLASSES = 5
 Loss = Callable[[nn.Module, Any], Tensor]
