@@ -283,3 +283,23 @@ def test_factors_inside_one_function_have_the_true_reason(core: str, reason: str
     inner = {name: why for name, why in plan.reasons.items() if name.startswith("core.")}
     assert inner
     assert all(reason in why for why in inner.values())
+
+
+def test_a_parametrized_convolution_is_left_whole():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv1d(4, 8, 3, padding=1)
+            self.shared = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3, padding=1, groups=2), dim=2)
+            self.up, self.down, self.last = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = torch.relu(self.first(x))
+            h = (h + torch.relu(self.shared(h))).transpose(1, 2)
+            return self.last((h + self.down(torch.relu(self.up(h)))).mean(1))
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(32, 4, 6), torch.randint(3, (32,))) for _ in range(2)]
+    small = gm.narrow(Net().eval(), batches, gm.Objective.classification()).at(keep=0.7).apply()
+    assert small.up.out_features < 16
+    assert small.shared.weight.shape == (8, 4, 3)

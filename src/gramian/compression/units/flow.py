@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,7 @@ def _probes(producer: str, outputs: Tensor, watch: _Watch) -> list[int]:
 def channel_dim(layer: nn.Module, *, inputs: bool) -> int:
     """Where a layer's inputs or outputs have its channels."""
     if layer_of(layer).operation == "convolution":
-        return -1 - (layer.get_parameter("weight").ndim - 2)
+        return -1 - (cast(Tensor, layer.weight).ndim - 2)  # computed by a parametrization, it is no parameter
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         return 1
     return -1
