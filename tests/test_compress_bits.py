@@ -310,6 +310,23 @@ def test_four_bits_and_half_of_the_weights_lose_at_most_half_of_what_they_usuall
     assert all(((m.weight == 0).unflatten(1, (-1, 4)).sum(2) == 2).all() for m in pattern if isinstance(m, nn.Linear))
 
 
+@pytest.mark.parametrize("options", [{"sparsity": 0.7}, {"keep": 0.6, "bits": 4}])
+def test_zeros_and_factors_of_integers_cost_what_is_told(trained, options: dict[str, float], tmp_path) -> None:
+    """Points of rounded weights and of cut ranks do not tell it."""
+    objective, held_out = gm.Objective.regression(), data(20, 5)
+
+    def mean_loss(model: nn.Module) -> float:
+        with torch.no_grad():
+            parts = [objective.summed(model, batch) for batch in held_out]
+        return sum(float(total) for total, _ in parts) / sum(units for _, units in parts)
+
+    told = gm.compress(trained, data(6), objective, held_out=held_out).at(**options)
+    rise = mean_loss(told.apply()) - mean_loss(trained)
+    assert told.predicted.rise == pytest.approx(rise, rel=0.05)
+    gm.compression.save_plan(told, tmp_path / "plan.safetensors")
+    assert gm.compression.load_plan(trained, tmp_path / "plan.safetensors").predicted == pytest.approx(told.predicted)
+
+
 def test_bytes_are_counted_as_they_are_and_more_of_them_never_lose_more(plan) -> None:
     losses = []
     for size in (0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.8, 1.0):

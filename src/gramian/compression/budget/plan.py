@@ -189,11 +189,13 @@ class Plan:
     def predicted(self) -> Predicted:
         """The rise of the mean loss that is expected, with an interval, from the points where it is measured.
 
-        The first time it takes some evaluations of smaller models, those of cut ranks or those of rounded weights; for
-        a plan that costs more than all of these it takes one of its own.
+        The first time it takes some evaluations of smaller models, those of cut ranks or those of rounded weights; a
+        plan that costs more than all of these, or has zeros, or factors of integers, takes one of its own.
         """
         cut = any(form.rank is not None for form in self.forms.values())
-        return self.rises.at(self, cut)
+        # What cut ranks or rounded weights of the same estimate cost tells little of zeros: once a two-hundredth.
+        is_own = any(f.zeros is not None or (f.rank is not None and f.bits is not None) for f in self.forms.values())
+        return self.rises.at(self, cut, is_own=is_own)
 
     @property
     def points(self) -> tuple[Point, ...]:

@@ -24,7 +24,7 @@ training data by heart; see docs/compress.md."""
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 """Shares of the layers that can be factored, at whose removal the rise of the loss is measured."""
 MEASURED_BITS = (4, 8)
-"""Bits at which the rise is measured too; what other bits and zeros cost follows from these, if it is no more."""
+"""Bits at which the rise is measured too; what other bits cost follows from these, if it is no more."""
 LEAST_BITS = 2
 
 
@@ -84,7 +84,8 @@ class Rises:
         cut: those of cut ranks; `None` where they are not measured yet.
         rounded: those of rounded weights, likewise.
         measure: on what; `None` where no more can be measured, as in a plan from a file.
-        beyond: those of single plans beyond all others, each for that plan alone while more can be measured.
+        beyond: those of single plans beyond all others, or of a form of their own, each for that plan alone while more
+            can be measured.
     """
 
     cut: tuple[Point, ...] | None = ()
@@ -111,20 +112,25 @@ class Rises:
         self.cut, self.rounded = (found, self.rounded) if cut else (self.cut, found)
         return found
 
-    def at(self, plan: Any, cut: bool) -> Predicted:
-        """The rise of one plan: between the points, or measured where it is beyond all of them.
+    def at(self, plan: Any, cut: bool, *, is_own: bool = False) -> Predicted:
+        """The rise of one plan: between the points, or measured where it is beyond them, or has a form of its own.
 
         Args:
             plan: whose rise is asked for.
             cut: whether ranks or units are cut, or weights rounded.
+            is_own: whether its form is none of the points'.
         """
-        estimate, points = plan.predicted_loss, self.of(plan, cut)
-        if estimate <= max((p.estimate for p in points), default=0.0):
+        estimate = plan.predicted_loss
+        points = () if is_own and self.measure is not None else self.of(plan, cut)
+        if not is_own and estimate <= max((p.estimate for p in points), default=0.0):
             return predict(estimate, points)
         beyond = tuple(p for p in self.beyond if p.cut == cut)
+        own = tuple(p for p in beyond if p.estimate == estimate)
         if self.measure is not None:
-            beyond = tuple(p for p in beyond if p.estimate == estimate) or self._measured([plan], cut)
-            self.beyond = tuple(dict.fromkeys(self.beyond + beyond))
+            own = beyond = own or self._measured([plan], cut)
+            self.beyond = tuple(dict.fromkeys(self.beyond + own))
+        if is_own:
+            return predict(estimate, own) if own else predict(estimate, points)._replace(measured=False)
         return predict(estimate, points + beyond)
 
     def settled(self, plan: Any) -> Rises:
