@@ -331,7 +331,7 @@ def test_a_file_of_a_running_average_alone_is_read(tmp_path: Path) -> None:
 def test_weights_are_not_taken_for_masks_or_waves(tmp_path: Path) -> None:
     names = {
         "zero": torch.zeros(8, 8), "constant": torch.ones(8, 8), "identity": torch.eye(8), "random": normal(8, 8),
-        "triangular": normal(8, 8).tril(), "bounded": normal(64, 8).clamp(-1, 1),
+        "triangular": normal(8, 8).tril(), "bounded.weight": normal(64, 8).clamp(-1, 1),
         "embed": normal(8, 8).index_fill(0, torch.tensor(0), 0.0),
         "ternary": normal(8, 8).sign(), "two rows": torch.tensor([[1.0, 0.0], [1.0, 1.0]]),
     }  # fmt: skip

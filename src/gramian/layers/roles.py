@@ -85,14 +85,20 @@ def acts_by_channel(name: str, shape: tuple[int, int]) -> str:
     >>> acts_by_channel("states", (3, 64)), acts_by_channel("mix", (64, 64)), acts_by_channel("inner", (32, 64))
     ('3 vectors in a stack', '', '')
     """
-    local = re.sub(r"(\.\d+)+$", "", name).rpartition(".")[2]
-    words = [word.rstrip("0123456789").lower() for word in re.split(r"_|(?<=[a-z])(?=[A-Z])", local)]
-    few, many = sorted(shape)
+    parts = re.sub(r"(\.\d+)+$", "", name).split(".")
+    words, beside = _words(parts[-1]), _words(".".join(parts[-2:-1]))
     if any(_MATRIX.fullmatch(word) for word in words):
         return ""
     if any(_COEFFICIENTS.fullmatch(word) for word in words):
-        return f"named {local}: acts channel by channel"
+        return f"named {parts[-1]}: acts channel by channel"
+    if any(_MATRIX.fullmatch(word) for word in beside):  # as adapters' `hada_w1_a.default`
+        return ""
+    few, many = sorted(shape)
     return f"{few} vectors in a stack" if few <= FEW and many >= 4 * few else ""
+
+
+def _words(name: str) -> list[str]:
+    return [word.rstrip("0123456789").lower() for word in re.split(r"_|(?<=[a-z])(?=[A-Z])", name)]
 
 
 def find_head(names: Sequence[Sequence[str]], roles: Sequence[Role], *, last: bool) -> int | None:
