@@ -105,6 +105,32 @@ def test_pairs_of_encoders(order: Callable, loss: Loss, expected: set[str]) -> N
     assert found.keys() & {"pairs-mismatched", "labels-independent"} == expected, found
 
 
+class Scaled(Towers):
+    """Towers that give a learned scale beside their embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.659))
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *super().forward(a, b), self.scale.exp()
+
+
+@pytest.mark.parametrize(
+    ("order", "sign", "by", "expected"),
+    [(torch.clone, 1, 0, False), (shuffled, 1, 0, True), (torch.clone, -1, 0, True), (torch.clone, 1, 1, True)],
+)
+def test_pairs_with_a_learned_scale(order: Callable, sign: int, by: int, expected: bool) -> None:
+    def loss(model: nn.Module, b: dict[str, Tensor]) -> Tensor:
+        u, v, scale = model(b["left"], b["right"])
+        return F.cross_entropy(sign * scale * u @ v.T, torch.arange(len(u)).roll(by))
+
+    z = drawn(512, 3)
+    left, right = z @ drawn(3, 6, seed=4), (z @ drawn(3, 5, seed=5)).tanh()
+    found = told(Scaled(), cut({"left": left, "right": order(right)}), loss)
+    assert ("pairs-mismatched" in found) == expected, found
+
+
 class Operator(nn.Module):
     """A function, given at points, and where its integral is asked for."""
 

@@ -125,6 +125,30 @@ def test_the_cause_is_named_first(name: str) -> None:
     assert next(iter(serious)) == code
 
 
+@pytest.mark.parametrize(
+    ("change", "steps", "is_zeroed", "expected"),
+    [
+        (lambda y: y, 8, False, {}),
+        (lambda y: y - 1, 8, False, {"labels-out-of-range": "error"}),  # the first class is the blank
+        (lambda y: torch.cat((y, 0 * y[:, :1]), 1), 8, False, {"labels-out-of-range": "warning"}),  # padding
+        (lambda y: y, 2, False, {"labels-out-of-range": "error", "loss-non-finite": "error"}),
+        (lambda y: y % 2 + 1, 3, True, {"labels-ignored": "error"}),  # of two labels, most repeat one
+        (lambda y: y % 2 + 1, 5, True, {}),
+    ],
+)
+def test_labels_of_ctc(
+    change: Callable[[Tensor], Tensor], steps: int, is_zeroed: bool, expected: dict[str, str]
+) -> None:
+    def function(scores: Tensor, labels: Tensor) -> Tensor:
+        labels, n = change(labels), len(labels)
+        given = scores.log_softmax(-1).transpose(0, 1)[:steps]
+        lengths = torch.full((n,), steps), torch.full((n,), labels.shape[1])
+        return F.ctc_loss(given, labels, *lengths, zero_infinity=is_zeroed)
+
+    told = found(net(), data("sequences"), loss(function))
+    assert {code: f.severity for code, f in told.items()} == expected
+
+
 HEALTHY: dict[str, tuple[nn.Module, str, Any]] = {
     "scores of bits": (net(), "bits", loss(F.binary_cross_entropy_with_logits)),
     "log-probabilities": (net(CLASSES, nn.LogSoftmax(1)), "classes", loss(F.nll_loss)),

@@ -16,6 +16,8 @@ __all__ = ["RULES"]
 SUMS = 1e-2
 # Share of samples with no or several classes from which on it is told.
 SEVERAL = 0.1
+# Share of sequences that do not fit from which on it is told, where their loss is made zero.
+UNFIT = 0.1
 
 
 def log_probabilities(context: Context) -> Iterator[Finding]:
@@ -197,9 +199,44 @@ def probabilities(context: Context) -> Iterator[Finding]:
             return
 
 
+def sequences(context: Context) -> Iterator[Finding]:
+    """Find a blank among the labels of ctc_loss, and labels that do not fit into their inputs. Exact."""
+    found = context.observed.sequences
+    if found is None:
+        return
+    if found.blanks:
+        yield Finding(
+            "labels-out-of-range",
+            "error" if found.inside else "warning",
+            f"ctc_loss has blank={found.blank}, and {found.blank} is among the labels",
+            where="labels",
+            evidence=f"{found.blanks:,} of {found.num_labels:,} labels within their lengths are {found.blank}, "
+            f"{found.inside or 'none'} of them before another label (exact)",
+            cause="The blank stands for no label, and decoding drops it: this label is never read."
+            if found.inside
+            else "Padding counts as labels: the lengths of the targets are those of the padded rows.",
+            advice="Count labels from one, with a score more in the network, or give blank= a class that is no label."
+            if found.inside
+            else "Give the lengths without padding as target_lengths.",
+        )
+    if found.unfit and (not found.are_zeroed or found.unfit > UNFIT * found.num):
+        yield Finding(
+            "labels-ignored" if found.are_zeroed else "labels-out-of-range",
+            "error" if not found.are_zeroed or 2 * found.unfit > found.num else "warning",
+            f"{found.unfit} of {found.num} sequences of labels do not fit into their inputs",
+            where="labels",
+            evidence="labels, and a blank between two that are equal, are more than input_lengths says (exact)",
+            cause="ctc_loss of such is infinite"
+            + (", and zero_infinity=True makes it zero: nothing is learned from them." if found.are_zeroed else "."),
+            advice="Shorten inputs by less before the loss, look at the order of the two lengths, or leave out what "
+            "does not fit.",
+        )
+
+
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     log_probabilities,
     dimension,
     one_class,
     probabilities,
+    sequences,
 )

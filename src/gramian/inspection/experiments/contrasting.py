@@ -57,7 +57,7 @@ def pulled_apart(asked: Asked) -> Contrast | None:
     Cost: some 50 evaluations of the loss, of embeddings.
     Source: this library's own.
     """
-    replay = asked.replay
+    replay = asked.replay.of_samples
     outputs = replay.outputs
     if not replay.is_known or not 2 <= len(outputs) <= 3 or len({t.shape for t in outputs}) > 1:
         return None
@@ -96,7 +96,7 @@ def _of_pairs(replay: Replay, draws: Sequence[Tensor]) -> Contrast | None:
 
 
 def _of_triplets(asked: Asked, draws: Sequence[Tensor]) -> Contrast | None:
-    replay = asked.replay
+    replay = asked.replay.of_samples
     second, third = [], []
     for one, other in zip(draws[::2], draws[1::2], strict=True):
         second.append(replay.value([one, one, other]))

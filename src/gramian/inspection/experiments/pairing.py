@@ -31,11 +31,11 @@ RISES = 0.03
 
 def _is_one_function(asked: Asked, a: Tensor, b: Tensor) -> bool:
     """Whether outputs change places with the two inputs: else each has an encoder of its own, and they differ."""
-    replay = asked.replay
+    replay = asked.replay.of_samples
     if replay.calls == 2:
         return True
     turned = mapped(replay.batch, lambda t: b if t is a else a if t is b else t)
-    outputs = Replay(asked.model, turned, asked.objective).outputs
+    outputs = Replay(asked.model, turned, asked.objective).of_samples.outputs
     pairs = zip(outputs, reversed(replay.outputs), strict=True)
     return all(one.shape == two.shape and torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in pairs)
 
@@ -51,7 +51,7 @@ def constant_loss(asked: Asked) -> float | None:
     Cost: that of the loss.
     Source: this library's own.
     """
-    replay = asked.replay
+    replay = asked.replay.of_samples
     outputs = replay.outputs
     if not replay.is_known or not outputs or any(t.ndim < 1 or len(t) < 2 for t in outputs):
         return None
@@ -75,7 +75,7 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
     Cost: two evaluations of the loss and its gradient; some thirty more where equal outputs have no slope.
     Source: this library's own.
     """
-    replay = asked.replay
+    replay = asked.replay.of_samples
     outputs = replay.outputs
     if not replay.is_known or not outputs or any(t.ndim != 2 or t.shape[1] < NARROW for t in outputs):
         return None
@@ -169,7 +169,7 @@ def unlike_pairs(asked: Asked) -> Pairs | None:
     a, b = (g.values[0] for g in given)
     if a.shape != b.shape or a.dtype != b.dtype or len(a) < NARROW:
         return None
-    replay = asked.replay
+    replay = asked.replay.of_samples
     outputs = replay.outputs
     if not replay.is_known or len(outputs) < 2 or any(t.ndim != 2 or t.shape[1] < NARROW for t in outputs):
         return None

@@ -108,7 +108,7 @@ def _added(replay: Replay, t: Tensor) -> float | None:
 
 def _places(outputs: list[Tensor], t: Tensor) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Outputs of the labels' shape; where there are none, columns of outputs where each sample has one label."""
-    able = [i for i, out in enumerate(outputs) if not are_normalized(out) and len(out) == len(t)]
+    able = [i for i, out in enumerate(outputs) if out.ndim and not are_normalized(out) and len(out) == len(t)]
     alike = [i for i in able if outputs[i].numel() == t.numel()]
     yield from ((i, ()) for i in alike)
     if not alike and t.numel() == len(t):

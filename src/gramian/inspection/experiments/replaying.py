@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from gramian.batch import first_samples, main_input, mapped, num_samples, tensor
 from gramian.inspection.experiments.terms import Term, Terms, scalar_terms
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
+from gramian.operators.cuts import nodes_of
 from gramian.recording.hooks import hooks
 from gramian.recording.keeping import seed_torch
 
@@ -130,6 +132,7 @@ class Replay:
         self.model, self.batch, self.objective = model, batch, objective
         self.outputs: list[Tensor] = []
         self._made: list[Any] = []
+        self._own: set[int] = set()
         self.is_known = True
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -155,6 +158,19 @@ class Replay:
         """Its gradients by them."""
         return self.gradients(self.outputs)
 
+    @cached_property
+    def of_samples(self) -> Replay:
+        """The same without the outputs that are made of parameters of one number alone, as a learned scale.
+
+        In `loss` these stay as they are.
+        """
+        if not self._own:
+            return self
+        made = copy(self)
+        made.outputs, made._own = [t for t in self.outputs if id(t) not in self._own], set()
+        made.__dict__.pop("slopes", None)
+        return made
+
     @property
     def is_single(self) -> bool:
         """Whether the model is called once, and gives one tensor of numbers and nothing else."""
@@ -169,6 +185,8 @@ class Replay:
         held = t.detach().clone()
         if held.is_floating_point():
             self.outputs.append(held)
+            if _is_own(t):
+                self._own.add(id(held))
         return held
 
     def _run(self, batch: Any) -> Tensor:
@@ -242,3 +260,11 @@ class Replay:
             return [torch.zeros_like(t) for t in free]
         found = torch.autograd.grad(total * scale, free, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(free, found, strict=True)]
+
+
+def _is_own(t: Tensor) -> bool:
+    """Whether a number is a parameter, or made of such alone: no sample has a say in it."""
+    if t.numel() != 1 or not t.requires_grad:
+        return False
+    leaves = [t] if t.is_leaf else [node.variable for node in nodes_of(t) if hasattr(node, "variable")]
+    return all(leaf.numel() == 1 for leaf in leaves)

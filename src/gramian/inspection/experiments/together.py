@@ -48,7 +48,7 @@ def rows_together(asked: Asked) -> Together | None:
         where there is none.
     Source: this library's own.
     """
-    replay, seen = asked.replay, asked.seen
+    replay, seen = asked.replay.of_samples, asked.seen
     whole = seen.batches[0]
     given = [one.name for one in taken_of(whole, seen.fed)]
     known = {key(one.values) for one in taken_of(whole, seen.fed)}
@@ -119,9 +119,9 @@ def _are_pairs(replay: Replay) -> bool:
 
 def _are_copies(asked: Asked) -> bool:
     """Whether the two embeddings of each row are the same, also in training, where dropout makes two of one."""
-    one, other = asked.replay.outputs
+    one, other = asked.replay.of_samples.outputs
     if not torch.equal(one, other):
         return False
     with training(asked.model):
-        one, other = Replay(asked.model, asked.batch, asked.objective).outputs
+        one, other = Replay(asked.model, asked.batch, asked.objective).of_samples.outputs
     return torch.equal(one, other)

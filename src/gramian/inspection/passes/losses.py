@@ -16,6 +16,7 @@ from gramian.inspection.passes.gate_functions import ADDITIONS, QUOTIENTS
 from gramian.inspection.passes.labeled import see_labels
 from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.records import Broadcast, Criterion, Ends
+from gramian.inspection.passes.sequences import sequences_of
 
 __all__ = ["VALUES", "ends_of", "labels_range", "see_loss", "see_pull", "shifted"]
 
@@ -70,6 +71,8 @@ def see_loss(
             seen.bootstrapped = seen.bootstrapped or is_bootstrapped(scores, target)
         if func is F.kl_div or (func in _CLASSES and target.is_floating_point()):
             seen.num_taught += is_taught(scores, target)
+        if name == "ctc_loss":
+            seen.sequences = seen.sequences or sequences_of(args, kwargs)
         if func is F.kl_div and _argument(args, kwargs, 5, "log_target"):
             target = target.exp()
         _keep(seen, name, scores, target, ends, _argument(args, kwargs, 2, "weight") if func in _CLASSES else None)

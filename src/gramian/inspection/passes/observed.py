@@ -26,6 +26,7 @@ from gramian.inspection.passes.records import (
     Routing,
     Visible,
 )
+from gramian.inspection.passes.sequences import Sequences
 
 __all__ = ["Observed"]
 
@@ -54,6 +55,7 @@ class Observed:
         called: names of the modules whose forward ran.
         logits: what cross-entropy was applied to, as float32, from the first batch.
         criteria: torch's losses, each with what it was first applied to.
+        sequences: what the first `ctc_loss` is given.
         pulls: by torch's losses, the smallest and largest gradient of the whole loss by their values; NaN where none
             arrives.
         broadcast: where a loss took an output and a target of other shapes.
@@ -125,6 +127,7 @@ class Observed:
     initial_statistics: dict[str, tuple[float, float]] = field(default_factory=dict)
     logits: Tensor | None = None
     criteria: list[Criterion] = field(default_factory=list)
+    sequences: Sequences | None = None
     pulls: dict[str, tuple[float, float]] = field(default_factory=dict)
     broadcast: Broadcast | None = None
     softmax_over_rows: torch.Size | None = None
