@@ -34,8 +34,9 @@ class Predicted(NamedTuple):
     Attributes:
         rise: of the mean loss per unit.
         low, high: the interval, of new data; NaN where nothing was measured.
-        measured: whether it was measured or lies between measurements, and neither beyond the last one, as only in a
-            plan from a file, nor on the second-order estimate alone, which is often several times too low.
+        measured: whether it was measured or lies between measurements of its kind. It is not in a plan from a file,
+            beyond the last one or with zeros or rounded factors that were not measured before; nor where there is the
+            second-order estimate alone, which is often several times too low.
         seen: whether `rise` is that on data like the calibration's, which may be those that the model was trained on,
             so that it is another on new data; else it is that on new data.
 
