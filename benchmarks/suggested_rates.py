@@ -338,7 +338,10 @@ def score(paths: list[Path]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if sys.argv[1] == "suggest":
-        suggest(Path(sys.argv[2]))
-    else:
-        score([Path(path) for path in sys.argv[2:]])
+    match sys.argv[1:]:
+        case ["suggest", path]:
+            suggest(Path(path))
+        case ["score", *paths] if paths:
+            score([Path(path) for path in paths])
+        case _:
+            sys.exit("suggested_rates.py: wanted suggest FILE, or score FILE …")
