@@ -27,7 +27,6 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
         OSError: it cannot be read, is a pipe, a device or a folder, or is too large; `strerror` says which.
         ValueError: the path has a null byte, or the file is no UTF-8.
     Cost: reading the file.
-    Source: this library's own.
 
     >>> read_text("/dev/zero")
     Traceback (most recent call last):

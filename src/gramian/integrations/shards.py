@@ -45,7 +45,6 @@ def compress_folder(
     Returns: what was done, with the held-out loss of both models.
     Raises: as `compress` of a folder, and as `batches_of_texts`.
     Cost: three sweeps: that of `compress`, and the loss of the model before and after.
-    Source: this library's own.
 
     >>> compress_folder("missing", "texts.txt", None, keep=0.5, memory="1GB")
     Traceback (most recent call last):

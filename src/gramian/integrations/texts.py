@@ -61,7 +61,6 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
         UnsupportedError: transformers is not installed, or the model takes more than tokens, as one with a decoder.
 
     Cost: loading the model, and one pass over the texts.
-    Source: this library's own.
 
     >>> task_of_texts("missing", "texts.txt")
     Traceback (most recent call last):
@@ -94,7 +93,6 @@ def batches_of_texts(
 
     Raises: as `task_of_texts`; UnsupportedError where the model does not give scores of the next token.
     Cost: one pass over the texts.
-    Source: this library's own.
 
     >>> batches_of_texts("missing", "texts.txt", nn.Linear(1, 1))
     Traceback (most recent call last):

@@ -39,12 +39,10 @@ def check_runs(caller: str, model: nn.Module, batch: Any, objective: Objective) 
         batch: one batch.
         objective: gives the loss.
 
-    Returns: nothing.
     Raises:
         InputError: a module cannot run on what it is given, with its name, the input and what it wants.
         Exception: what the model's own code raises, as it is.
     Cost: a forward pass.
-    Source: this library's own.
     """
     names = {module: name for name, module in model.named_modules()}
     running: list[tuple[nn.Module, tuple[Any, ...]]] = []
@@ -87,7 +85,6 @@ def naming_the_layer(caller: str, batch: Any, objective: Objective, *models: nn.
     Raises:
         InputError: as `check_runs`; where the models run, the body's own error is raised as it is.
     Cost: none; where the body fails, a forward pass of each model.
-    Source: this library's own.
     """
     try:
         yield

@@ -38,9 +38,7 @@ class Kept:
     Args:
         objects: modules, batches, functions.
 
-    Raises: nothing of its own.
     Cost: a copy of all tensors, in main memory.
-    Source: this library's own.
 
     >>> layer = nn.Linear(2, 2)
     >>> layer.calls = [1]
@@ -241,9 +239,7 @@ def kept_random() -> Iterator[None]:
     """A context after which torch's random state, of all devices, and Python's and NumPy's are what they were.
 
     Returns: the context manager.
-    Raises: nothing of its own.
     Cost: a copy of the states.
-    Source: this library's own.
 
     >>> torch.manual_seed(0).initial_seed()
     0
@@ -263,9 +259,7 @@ def noted_random() -> Callable[[], None]:
     """Notes the random states that `kept_random` keeps.
 
     Returns: a function that makes them what they are now.
-    Raises: nothing of its own.
     Cost: a copy of the states.
-    Source: this library's own.
 
     >>> put_back = noted_random()
     >>> first = torch.rand(3)
@@ -294,9 +288,6 @@ def seed_torch(seed: int) -> None:
     Args:
         seed: of the generators of all devices.
 
-    Returns: nothing.
-    Raises: nothing of its own.
-    Cost: next to none.
     Source: torch.
 
     >>> with kept_random():
@@ -318,9 +309,7 @@ def seeded(seed: int) -> Iterator[None]:
         seed: of all of them.
 
     Returns: the context manager.
-    Raises: nothing of its own.
     Cost: a copy of the states.
-    Source: this library's own.
 
     >>> with seeded(0):
     ...     first = torch.rand(3), random.random()
@@ -338,11 +327,6 @@ def seed_all(seed: int) -> None:
 
     Args:
         seed: of all of them.
-
-    Returns: nothing.
-    Raises: nothing of its own.
-    Cost: next to none.
-    Source: this library's own.
 
     >>> with kept_random():
     ...     seed_all(3)
@@ -362,9 +346,7 @@ def own_gradients(model: nn.Module) -> Iterator[None]:
         model: any module.
 
     Returns: the context manager.
-    Raises: nothing of its own.
     Cost: a pass over the parameters.
-    Source: this library's own.
 
     >>> layer = nn.Linear(1, 1)
     >>> with own_gradients(layer):
@@ -393,9 +375,7 @@ def keeping(model: nn.Module, *others: Any) -> Iterator[Kept]:
         others: as `Kept` takes them.
 
     Returns: the context manager, which gives the `Kept`.
-    Raises: nothing of its own.
     Cost: a copy of the parameters and buffers.
-    Source: this library's own.
 
     >>> layer = nn.BatchNorm1d(2)
     >>> with keeping(layer):

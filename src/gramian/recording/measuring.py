@@ -64,9 +64,7 @@ def training(model: nn.Module) -> Iterator[None]:
         model: any module.
 
     Returns: the context manager.
-    Raises: nothing of its own.
     Cost: a copy of the buffers.
-    Source: this library's own.
 
     >>> layer = nn.BatchNorm1d(2)
     >>> with training(layer):
@@ -96,9 +94,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         model: any module.
 
     Returns: the context manager.
-    Raises: nothing of its own.
     Cost: a pass over the modules.
-    Source: this library's own.
 
     >>> layer = nn.BatchNorm1d(1)
     >>> with batch_statistics(layer):
@@ -130,9 +126,6 @@ def by_modules() -> Iterator[None]:
     `nn.TransformerEncoder` then keeps its padding.
 
     Returns: the context manager.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
 
     >>> with by_modules():
     ...     print(torch.backends.mha.get_fastpath_enabled())

@@ -146,10 +146,8 @@ def fitted(report: Report, setting: Setting) -> Report:
         setting: what it reports on; left as it is.
 
     Returns: a report.
-    Raises: nothing of its own.
     Cost: where an action needs it, a copy of the model, two forward passes, and the signs of training, from singular
         values that the report has.
-    Source: this library's own.
 
     >>> from gramian.report import Finding
     >>> net, own = nn.Bilinear(2, 2, 1), lambda model, batch: model(batch[0], batch[1]).square().mean()

@@ -199,8 +199,6 @@ def as_task(task: Any) -> Task:
     Returns: the task.
     Raises:
         InputError: it is no `Task`, with what to write.
-    Cost: none.
-    Source: this library's own.
 
     >>> as_task(nn.Linear(2, 1))
     Traceback (most recent call last):

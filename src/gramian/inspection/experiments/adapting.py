@@ -36,7 +36,6 @@ def moved_by_steps(model: nn.Module, observed: Observed, objective: Objective) -
         most is trained, or where an output does not differ between samples.
     Raises: what the model raises.
     Cost: nothing where most is trained; else three passes forward and backward of 16 samples, and two forward.
-    Source: this library's own.
     """
     trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

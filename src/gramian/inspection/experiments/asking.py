@@ -44,7 +44,6 @@ def uses_a_network(replay: Replay) -> bool:
     Returns: whether.
     Raises: what the loss raises.
     Cost: that of the loss.
-    Source: this library's own.
     """
     found: list[bool] = []
 
@@ -172,7 +171,6 @@ def takes_only_outputs(asked: Asked) -> bool:
     Returns: whether; true of a contrast of embeddings, false where there are labels or where inputs are restored.
     Raises: what the loss raises.
     Cost: two to four evaluations of it and its gradient for each tensor of the batch.
-    Source: this library's own.
     """
     for one in given_of([asked.batch], set(), set()):
         t = one.values[0]

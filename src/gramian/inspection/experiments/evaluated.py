@@ -78,7 +78,6 @@ def evaluate(
     Returns: an `Evaluated`.
     Raises: what the model raises.
     Cost: a forward pass, and two of 7 samples; up to six where samples seem to mix.
-    Source: this library's own.
     """
     batch = batches[0]
     rows = _separate_rows(model, batch)

@@ -24,7 +24,6 @@ def largest_slope(asked: Asked) -> float | None:
     Returns: the sum of the absolute values; `None` where outputs are not known, or the loss is no number with them.
     Raises: what the model raises.
     Cost: four evaluations of the loss and its gradient where the first is below AdamW's ε, else none.
-    Source: this library's own.
     """
     replay = asked.replay
     if not replay.is_known or not replay.outputs or not asked.seen.needs_gradient:

@@ -65,7 +65,6 @@ def find_leak(model: nn.Module, observed: Observed, objective: Objective) -> Lea
     Returns: a `Leak`; `None` where there is none, or the targets are something else.
     Raises: what the model raises.
     Cost: two forward passes where the targets are the next inputs; else nothing.
-    Source: this library's own.
     """
     for x in _sequences(observed):
         counted = _next_inputs(observed, x)

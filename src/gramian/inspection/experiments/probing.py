@@ -209,10 +209,8 @@ def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[P
         objective: gives the loss.
 
     Returns: a `Probes`, and what could not be tried, with the error.
-    Raises: nothing of its own.
     Cost: a forward pass of 16 samples, and some more of these where inputs or parameters are changed, as those of
         sequences are.
-    Source: this library's own.
     """
     found: dict[str, Any] = {}
     failed: dict[str, Exception] = {}
@@ -238,9 +236,6 @@ def untried(failed: Mapping[str, Exception], objective: Objective) -> dict[str, 
         objective: that it was given.
 
     Returns: by what was not tried, the reason.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
 
     >>> untried({"falls": ValueError("two samples are needed")}, Objective.regression())
     {'whether the loss has a minimum': 'two samples are needed'}

@@ -125,7 +125,6 @@ class Replay:
 
     Raises: what the model raises.
     Cost: a forward pass.
-    Source: this library's own.
     """
 
     def __init__(self, model: nn.Module, batch: Any, objective: Objective) -> None:
@@ -204,7 +203,6 @@ class Replay:
         Raises:
             ValueError: the loss calls the model otherwise than before.
         Cost: that of the loss.
-        Source: this library's own.
         """
         made = iter(self._made)
         values = iter(outputs)

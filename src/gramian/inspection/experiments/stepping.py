@@ -66,7 +66,6 @@ def take_steps(
     Raises: what a step or the copy raises.
     Cost: three training steps and a forward pass, of which `first` saves one; up to `num_steps` steps where the loss
         rises; a copy of the model and of the optimizer's state.
-    Source: this library's own.
     """
     given = list(batches)
     taken = Steps()

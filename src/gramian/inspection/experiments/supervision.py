@@ -70,7 +70,6 @@ def against_labels(asked: Asked) -> Supervision | None:
     Returns: what is wrong; `None` where nothing is, or where the loss has no labels of the batch.
     Raises: what the model raises.
     Cost: some ten evaluations of the loss.
-    Source: this library's own.
     """
     seen, replay = asked.seen, asked.replay
     whole = given_of(seen.batches[:1], seen.fed, set())
@@ -279,7 +278,6 @@ def silent_columns(asked: Asked) -> tuple[int, int] | None:
     Returns: which, and of how many; `None` where there is none.
     Raises: what the model raises.
     Cost: a few evaluations of the loss.
-    Source: this library's own.
     """
     replay = asked.replay
     if not replay.is_known or len(replay.outputs) != 1 or replay.outputs[0].ndim != 2:

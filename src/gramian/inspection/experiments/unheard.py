@@ -29,7 +29,6 @@ def unheard_arguments(asked: Asked) -> tuple[str, ...]:
     Returns: their names in `forward`; none where there is one, or none has an effect.
     Raises: what the model raises.
     Cost: two to four forward passes of 16 samples for each argument that is a tensor, where there are several.
-    Source: this library's own.
     """
     called: list[tuple[tuple, dict[str, Any]]] = []
 

@@ -73,7 +73,6 @@ def without_effect(asked: Asked) -> Unused | None:
     Returns: an `Unused`; `None` where all have an effect, or there is one input.
     Raises: what the model raises.
     Cost: up to three passes of 8 samples for each input; some more, and all again, where one has no effect.
-    Source: this library's own.
     """
     model, seen, objective = asked.model, asked.seen, asked.objective
     batch = first_samples(seen.batches[0], ENOUGH)
@@ -142,7 +141,6 @@ def idle_half(asked: Asked) -> Idle | None:
     Raises: what the model raises.
     Cost: a pass forward and backward of 16 samples for each input of numbers; for each dimension along which a half has
         no gradient two forward passes, and two more where that half has no effect.
-    Source: this library's own.
     """
     fed = {one.name for one in taken_of(asked.seen.batches[0], asked.seen.fed)}
     if not asked.replay.is_known or not asked.replay.outputs:
@@ -218,7 +216,6 @@ def idle_targets(asked: Asked) -> tuple[str, ...] | None:
     Returns: the names, as Python reads them off a batch; `None` where all parameters get a gradient.
     Raises: what the loss raises.
     Cost: one evaluation of the loss for each tensor that the model is not given.
-    Source: this library's own.
     """
     replay, seen = asked.replay, asked.seen
     if None not in seen.gradients.values() or not replay.is_known or not replay.outputs or replay.here == 0.0:
@@ -245,7 +242,6 @@ def without_columns(asked: Asked) -> tuple[str, tuple[int, ...], int] | None:
     Returns: the input's name, the columns, and how many there are; `None` where all have an effect.
     Raises: what the model raises.
     Cost: a forward pass of 16 samples for each column, of up to 8.
-    Source: this library's own.
     """
     model, seen, objective, batch = asked.model, asked.seen, asked.objective, asked.batch
     fed = {g.name for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input}

@@ -140,7 +140,6 @@ def find_zeroed(
     Raises: what the model raises.
     Cost: nothing where no gradient is exactly zero; else a forward pass, and some 12 passes forward and backward where
         a product with zeros is found.
-    Source: this library's own.
     """
     trained = {n: p for n, p in model.named_parameters() if observed.gradients.get(n) is not None}
     still = {n: p for n, p in trained.items() if observed.gradients[n] == 0.0 and n not in waiting}
