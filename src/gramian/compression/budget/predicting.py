@@ -169,7 +169,6 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
         itself where nothing was measured. Where the data may be those that the model was trained on, the rise is that
         on such data, and the interval one for new data; with `Point.kept` both are for new data.
 
-    Raises: nothing of its own.
     Cost: none to speak of.
     Source: the rise is `½ Σ σ²` as that goes to zero, and a power of it between points that are near.
 

@@ -104,7 +104,6 @@ def by_sample(
         For a layer that is not linear, not called as a module, shared, or called with other rows than samples have,
         `None`.
 
-    Raises: nothing of its own.
     Cost: a forward pass and few backward passes of some 320 samples, without gradients of weights, and two products of
     each layer's rows with its factors.
     Source: per-sample gradients of linear layers as outer products (Goodfellow 1510.01799).

@@ -165,7 +165,6 @@ def decide(
 
     Cost: a calibration, a factorization, an evaluation for each share that is tried (about 10, and 8 more for a
     search), and the latencies of up to 6 forms.
-    Source: this library's own.
 
     >>> import torch
     >>> net, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2)), torch.randn(64, 16)

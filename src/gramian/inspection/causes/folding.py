@@ -182,9 +182,7 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
 
     Returns: the list; a finding that follows from another is information, says from which, and has no remedy; the
         warning from which an error follows is an error.
-    Raises: nothing of its own.
     Cost: linear.
-    Source: this library's own.
     """
     unique: dict[str, Finding] = {}
     for finding in found:
@@ -289,9 +287,6 @@ def following(finding: Finding, root: Finding | None) -> Finding:
         root: what it follows from, or `None`.
 
     Returns: that remark, or the finding as it is.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
     """
     if root is None:
         return finding

@@ -97,7 +97,6 @@ def relations(tensors: Mapping[str, Tensor], *, others: Sequence[str] | None = N
         others: the names to which each is compared, itself aside; all where not given.
 
     Returns: a `Join` for each; none where there are fewer than 100 samples.
-    Raises: nothing of its own.
     Cost: O(N²) for each two ways to be alike, N ≤ 512; 16 times as many of 256 samples where nothing is seen.
     Source: Gretton et al. 2005 and 2008 for the criterion and the gamma approximation; Kazi-Aoual et al. 1995 for the
         moments under permutations.
@@ -128,7 +127,6 @@ def follows(t: Tensor, shift: int) -> bool:
         shift: by how many.
 
     Returns: true where they are.
-    Raises: nothing of its own.
     Cost: O(N²) for each two ways to be alike, N ≤ 256.
     Source: as for `relations`.
     """
@@ -149,9 +147,7 @@ def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = No
 
     Returns: the two shares; `None` for images, of which there are more kinds of labels than these, and where samples
         are too few for so many features.
-    Raises: nothing of its own.
     Cost: that of 40 tests.
-    Source: this library's own.
     """
     made = [simple_features(t[:MOST]) for t in inputs]
     features = [t for t in made if t is not None]

@@ -51,7 +51,6 @@ def first_zero_derivative(model: nn.Module, forward: Callable[[], Tensor]) -> tu
     Returns: the module's name, or "loss", and the operation; `None` where no such operation does.
     Raises: what `forward` raises.
     Cost: as `first_infinite_derivative`.
-    Source: this library's own.
 
     >>> net = nn.Sequential(nn.Linear(1, 1))
     >>> first_zero_derivative(net, lambda: net(torch.ones(1, 1)).round().sum())
@@ -98,7 +97,6 @@ def gradients_of(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
     Returns: a gradient each; `None` where the loss does not depend on it.
     Raises: what the backward pass raises.
     Cost: a backward pass.
-    Source: this library's own.
 
     >>> w = torch.ones(2, requires_grad=True)
     >>> loss = (w * w).sum()

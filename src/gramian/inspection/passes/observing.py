@@ -50,7 +50,6 @@ def observe(
     Raises: what the model raises.
     Cost: a training step without the optimizer, a few passes over each activation, and a forward pass of each other
         batch, without a graph and without dropout; a training step of these as long as parameters get no gradient.
-    Source: this library's own.
     """
     seen = Observed()
     seen.batches = list(islice(batches, num_batches))
