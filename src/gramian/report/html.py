@@ -101,9 +101,9 @@ def save(document: Document, path: str | os.PathLike[str]) -> None:
     write_text(path, render(document))
 
 
-def frame(document: Document, height: int = 720) -> str:
+def frame(document: Document) -> str:
     """Return the page inside an `<iframe>`, which keeps a notebook's styles and the page's apart."""
-    style = f"width:100%;height:{height}px;border:1px solid #8884;border-radius:8px"
+    style = "width:100%;height:720px;border:1px solid #8884;border-radius:8px"
     attributes = f'style="{style}" title="{escape(visible(document.title))}"'
     return f'<iframe sandbox="allow-scripts" {attributes} srcdoc="{escape(render(document))}"></iframe>'
 

@@ -50,7 +50,6 @@ def take_steps(
     batches: Iterable[Any],
     objective: Objective,
     *,
-    num_steps: int = NUM_STEPS,
     first: Observed | None = None,
 ) -> Steps:
     """Take a few steps on copies of a model and its optimizer.
@@ -59,12 +58,11 @@ def take_steps(
         model, optimizer: copied together; neither is changed.
         batches: used in turn.
         objective: gives the loss.
-        num_steps: how many steps, at most.
         first: what a training step of the first batch showed, from which its gradients are taken if it has them.
 
     Returns: a `Steps`.
     Raises: what a step or the copy raises.
-    Cost: three training steps and a forward pass, of which `first` saves one; up to `num_steps` steps where the loss
+    Cost: three training steps and a forward pass, of which `first` saves one; up to `NUM_STEPS` steps where the loss
         rises; a copy of the model and of the optimizer's state.
     """
     given = list(batches)
@@ -74,7 +72,7 @@ def take_steps(
     with training(model):
         twin, stepper = copy.deepcopy((model, optimizer))
         names = {n: p for n, p in twin.named_parameters() if p.requires_grad and p.ndim >= 2}
-        for i, batch in enumerate(islice(cycle(given), num_steps)):
+        for i, batch in enumerate(islice(cycle(given), NUM_STEPS)):
             if i >= FEWEST and max(taken.losses) <= (1 + _enough(taken)) * taken.losses[0]:
                 break
             stepper.zero_grad()

@@ -34,16 +34,14 @@ def observe(
     batches: Iterable[Any],
     objective: Objective,
     *,
-    num_batches: int = NUM_BATCHES,
     keeps_gradients: bool = False,
 ) -> Observed:
     """Run a few training steps without the step, and say what every module gave and got back.
 
     Args:
         model: left as it was: parameters, their `.grad`, buffers, modes, random state.
-        batches: the first `num_batches` are read.
+        batches: the first `NUM_BATCHES` are read.
         objective: its loss is differentiated.
-        num_batches: how many.
         keeps_gradients: whether to keep those of the first batch, for an optimizer's first step.
 
     Returns: an `Observed`.
@@ -52,7 +50,7 @@ def observe(
         batch, without a graph and without dropout; a training step of these as long as parameters get no gradient.
     """
     seen = Observed()
-    seen.batches = list(islice(batches, num_batches))
+    seen.batches = list(islice(batches, NUM_BATCHES))
     parameters = dict(model.named_parameters())
     with training(model):
         for i, batch in enumerate(seen.batches):
