@@ -22,6 +22,7 @@ from gramian.loader import Batches, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.recording import capture, evaluating
 from gramian.recording.collective import Collective, collective_of
+from gramian.recording.hooks import hooks
 from gramian.recording.onepass import captured
 from gramian.recording.recorder import WITHOUT_AUTOGRAD
 from gramian.site import Site
@@ -243,11 +244,8 @@ def around_output(objective: Objective) -> Objective:
 
     def predict(model: nn.Module, batch: Any) -> Any:
         returned: list[Any] = []
-        handle = model.register_forward_hook(lambda module, args, output: returned.append(output))
-        try:
+        with hooks([model.register_forward_hook(lambda module, args, output: returned.append(output))]):
             objective.predict(model, batch)
-        finally:
-            handle.remove()
         found = [one for one in returned if any(t.requires_grad for t in tensors(one))] or returned
         if not found:
             raise InputError(

@@ -18,6 +18,7 @@ from gramian.compression.layers.lowrank import matrix_of
 from gramian.layers import operation_of
 from gramian.objective import Objective
 from gramian.recording import evaluating
+from gramian.recording.hooks import hooks
 from gramian.recording.taps import tapped
 
 __all__ = ["Seen", "by_sample", "draws_of", "rounding_ratio", "samples_of"]
@@ -137,12 +138,9 @@ def _pass(
     for seen, layer in live:
         hook = lambda module, args, output, seen=seen: seen.enter(args[0], output, leaf, num)  # noqa: E731
         handles.append(layer.register_forward_hook(hook))
-    try:
+    with hooks(handles):
         batch = prepared(model, given)
         output = objective.predict(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     _, units = objective.checked(objective.criterion(output, batch), empty=True)
     for more in reversed(range(draws if units > 0 else 0)):
         loss = torch.stack(list(objective.losses(output, batch, "sampled", generator))).sum()

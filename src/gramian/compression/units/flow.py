@@ -8,7 +8,7 @@ compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,6 +21,7 @@ from gramian.block import Block
 from gramian.compression.layers.modules import clean_module_name
 from gramian.layers import layer_of, layout_of, operation_of
 from gramian.recording import evaluating
+from gramian.recording.hooks import hooks
 
 __all__ = ["Part", "Units", "channel_dim", "find_units", "is_elementwise", "is_near"]
 
@@ -236,7 +237,7 @@ class _Watch:
                 handles.append(layer.register_forward_hook(hook))
         keep = lambda module, args, kwargs: self.given.extend(t.clone() for t in tensors((args, kwargs)))  # noqa: E731
         handles.append(self.model.register_forward_pre_hook(keep, with_kwargs=True))
-        with _removing(handles):
+        with hooks(handles):
             self.output = self.call(self.model)
         names = [name for name, _, _ in calls]
         for name, args, output in calls:
@@ -252,7 +253,7 @@ class _Watch:
             seen.append(args[0].clone())
             raise _Stopped
 
-        with self._zeroed(zero), _removing([self.layers[until].register_forward_pre_hook(stop)]):
+        with self._zeroed(zero), hooks([self.layers[until].register_forward_pre_hook(stop)]):
             try:
                 self.call(self.model)
             except _Stopped:
@@ -263,7 +264,7 @@ class _Watch:
         """Whether the output is as it was where the consumer's input is put back."""
         before = self.inputs[consumer]
         back = lambda module, args: (before, *args[1:])  # noqa: E731
-        with self._zeroed(zero), _removing([self.layers[consumer].register_forward_pre_hook(back)]):
+        with self._zeroed(zero), hooks([self.layers[consumer].register_forward_pre_hook(back)]):
             return is_near(self.call(self.model), self.output)
 
     def changed(self, consumer: str, into: Tensor) -> Tensor:
@@ -283,18 +284,9 @@ class _Watch:
                 dim, at.to(output.device), 0.0
             )
             handles.append(self.layers[name].register_forward_hook(hook))
-        with _removing(handles):
+        with hooks(handles):
             yield
 
 
 class _Stopped(Exception):
     """The layer that was waited for has been reached."""
-
-
-@contextmanager
-def _removing(handles: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

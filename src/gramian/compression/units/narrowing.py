@@ -34,6 +34,7 @@ from gramian.layers import operation_of
 from gramian.loader import Batches
 from gramian.objective import Objective, as_objective, differentiates
 from gramian.recording import evaluating
+from gramian.recording.hooks import hooks
 from gramian.recording.measuring import by_modules
 
 __all__ = ["may_narrow", "narrow"]
@@ -199,13 +200,11 @@ def _predict(objective: Objective, model: nn.Module, batch: Any) -> Callable[[nn
         def end(module: nn.Module, args: Any, output: Any) -> None:
             raise _Returned(output)
 
-        handle = model.register_forward_hook(end)
-        try:
-            return objective.predict(model, batch)
-        except _Returned as returned:
-            return returned.args[0]
-        finally:
-            handle.remove()
+        with hooks([model.register_forward_hook(end)]):
+            try:
+                return objective.predict(model, batch)
+            except _Returned as returned:
+                return returned.args[0]
 
     return first
 

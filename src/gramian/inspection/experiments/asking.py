@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from gramian.batch import mapped
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import Given, given_of
+from gramian.recording.hooks import hooks
 
 __all__ = [
     "along_rows",
@@ -51,11 +52,8 @@ def uses_a_network(replay: Replay) -> bool:
         if module is not replay.model:
             found.append(any(True for _ in module.parameters()))
 
-    handle = register_module_forward_pre_hook(hook)
-    try:
+    with hooks([register_module_forward_pre_hook(hook)]):
         replay.value(replay.outputs)
-    finally:
-        handle.remove()
     return any(found)
 
 

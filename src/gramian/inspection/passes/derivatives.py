@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 
 from gramian.batch import tensors
 from gramian.inspection.passes.following import Follower
+from gramian.recording.hooks import hooks
 
 __all__ = ["first_infinite_derivative", "first_zero_derivative", "gradients_of"]
 
@@ -74,14 +75,11 @@ def _first(model: nn.Module, forward: Callable[[], Tensor], is_it: Callable[...,
     if scalar.grad_fn is None or not parameters:
         return None
     found: list[tuple[str, str]] = []
-    hooks = [
+    handles = [
         node.register_hook(_looker(place, node, found, is_it)) for node, place in _walked(scalar.grad_fn, places.made)
     ]
-    try:
+    with hooks(handles):
         torch.autograd.grad(scalar, parameters, allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found[0] if found else None
 
 
