@@ -44,10 +44,11 @@ from gramian.inspection.weights.of_model import measure_model
 from gramian.loader import Batches, as_batches, first_few, is_in_memory, with_samples
 from gramian.objective import Objective, as_objective
 from gramian.recording.failing import check_runs
-from gramian.recording.keeping import keeping, kept_random
+from gramian.recording.keeping import keeping
 from gramian.recording.kept_batches import KeptBatches
 from gramian.recording.measuring import batch_statistics
 from gramian.report import Finding, Report
+from gramian.seeding import kept_random
 
 __all__ = ["inspect"]
 

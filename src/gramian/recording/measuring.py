@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.recording.keeping import kept_random, own_gradients
+from gramian.recording.keeping import own_gradients
+from gramian.seeding import kept_random
 
 __all__ = ["batch_statistics", "by_modules", "eager", "evaluating", "measuring", "training"]
 

@@ -15,10 +15,10 @@ from torch.optim import AdamW
 
 from gramian.objective import Objective, as_objective
 from gramian.recording.hooks import hooks
-from gramian.recording.keeping import seeded
 from gramian.recording.measuring import batch_statistics, eager, evaluating
 from gramian.remedies.performing import Setting, perform
 from gramian.report import Action
+from gramian.seeding import seeded
 
 __all__ = ["MOMENTS", "Measure", "Rehearsed", "rehearse"]
 

@@ -10,8 +10,8 @@ from gramian.inspection.experiments.replaying import Replay
 from gramian.inspection.passes.derivatives import gradients_of
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
-from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import evaluating, training
+from gramian.seeding import seed_torch
 
 __all__ = ["moved_by_steps"]
 

@@ -21,8 +21,8 @@ from gramian.inspection.passes.given import given_of, taken_of
 from gramian.inspection.passes.moments import first_float
 from gramian.objective import Objective
 from gramian.recording.hooks import hooks
-from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import eager, evaluating
+from gramian.seeding import seed_torch
 
 __all__ = ["Evaluated", "evaluate"]
 

@@ -15,7 +15,7 @@ from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.passes.given import Given, given_of
 from gramian.inspection.passes.padding import filled_ends, padding_of
 from gramian.recording.hooks import hooks
-from gramian.recording.keeping import seed_torch
+from gramian.seeding import seed_torch
 
 __all__ = ["Counted", "Reading", "counts_padding", "reads_padding"]
 

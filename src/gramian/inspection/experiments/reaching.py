@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gramian.batch import main_input, mapped
 from gramian.inspection.experiments.replaying import Asked, are_equal, loss_of, outputs_of
 from gramian.recording.hooks import hooks
-from gramian.recording.keeping import seed_torch
+from gramian.seeding import seed_torch
 
 __all__ = ["cut", "gradient_by", "unlinked"]
 

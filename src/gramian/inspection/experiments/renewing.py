@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gramian.objective import Objective
-from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import training
+from gramian.seeding import seed_torch
 
 __all__ = ["first_lost_step", "forgetful", "renew"]
 

@@ -17,7 +17,7 @@ from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.operators.cuts import nodes_of
 from gramian.recording.hooks import hooks
-from gramian.recording.keeping import seed_torch
+from gramian.seeding import seed_torch
 
 __all__ = ["Asked", "Replay", "are_equal", "loss_of", "outputs_of"]
 

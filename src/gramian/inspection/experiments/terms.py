@@ -16,7 +16,7 @@ from gramian.batch import num_samples
 from gramian.inspection.passes.gate_functions import ADDITIONS, DIFFERENCES, NEGATIONS, PRODUCTS, QUOTIENTS, REVERSED
 from gramian.objective import Objective
 from gramian.operators.cuts import nodes_of
-from gramian.recording.keeping import seed_torch
+from gramian.seeding import seed_torch
 
 if TYPE_CHECKING:
     from gramian.inspection.experiments.replaying import Asked

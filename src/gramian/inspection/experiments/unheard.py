@@ -12,7 +12,7 @@ from gramian.batch import mapped, tensors
 from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.experiments.unzeroed import unzeroed
 from gramian.recording.hooks import hooks
-from gramian.recording.keeping import seed_torch
+from gramian.seeding import seed_torch
 
 __all__ = ["unheard_arguments"]
 

@@ -17,9 +17,9 @@ from gramian.inspection.passes.following import Follower
 from gramian.inspection.passes.gate_functions import PRODUCTS
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
-from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import training
 from gramian.recording.taps import in_vmap
+from gramian.seeding import seed_torch
 
 __all__ = ["Zeroed", "find_zeroed"]
 

@@ -20,8 +20,8 @@ from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.records import FirstStep
 from gramian.inspection.passes.watching import Watcher
 from gramian.objective import Objective
-from gramian.recording.keeping import noted_random
 from gramian.recording.measuring import batch_statistics, evaluating, training
+from gramian.seeding import noted_random
 
 __all__ = ["NUM_BATCHES", "observe"]
 
