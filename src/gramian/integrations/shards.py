@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gramian.compression.choosing.contending import planned_layers
+from gramian.compression.sharded.holding import shown
 from gramian.compression.sharded.losses import loss_of
 from gramian.compression.sharded.sharded_plan import ShardedPlan
 from gramian.compression.sharded.shards import Shards
@@ -69,7 +70,7 @@ def compress_folder(
     dense = Contender("dense", plan.parameters_dense, plan.bytes_dense, loss_of(folder, tests, objective, **options))
     if out is not None:
         quality = loss_of(out, tests, objective, **options)
-    tell("Measure", 1.0, f"peak {peak() / 1e9:.2f} GB of memory")
+    tell("Measure", 1.0, f"peak {shown(peak())} of memory")
     return Outcome(
         title=Path(folder).name,
         asked=name,
@@ -88,7 +89,7 @@ def compress_folder(
 
 def _held(plan: ShardedPlan, memory: str) -> str:
     told = max(row["peak"] for row in plan.told)
-    return f"one part at a time in memory: allowed {memory}, expected {told}, most so far {peak() / 1e9:.2f} GB"
+    return f"one part at a time in memory: allowed {memory}, expected {told}, most so far {shown(peak())}"
 
 
 def peak() -> int:
