@@ -52,6 +52,17 @@ def test_the_changelog_begins_with_this_version() -> None:
     assert re.findall(r"^## (\S+?),? ", changelog, re.MULTILINE)[0] == gm.__version__
 
 
+def test_the_floors_that_are_drawn_are_those_that_are_checked() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = page.partition("## Floors")[2].split("```")[1].strip("\n")
+    floors: list[set[str]] = []
+    for line in drawn.splitlines():
+        names = set(re.split(" {3,}", line.strip())[0].split())
+        floors = [*floors[:-1], floors[-1] | names] if line.startswith(" ") else [*floors, names]
+    (contract,) = tomllib.loads(PROJECT)["tool"]["importlinter"]["contracts"]
+    assert floors == [set(re.findall(r"\w+", layer)) for layer in contract["layers"]]
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git knows which files are the project's")
 def test_only_sources_are_in_the_repository() -> None:
     """What a run leaves behind, a model or its numbers, is none of the project's files."""
