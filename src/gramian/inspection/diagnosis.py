@@ -17,6 +17,7 @@ from gramian.alignment import labels_of
 from gramian.batch import has_arrays, mapped
 from gramian.calls import as_model
 from gramian.errors import GramianError, InputError
+from gramian.inspection.across_depth import ADAMW_EPS
 from gramian.inspection.causes import CAUSES, Context
 from gramian.inspection.causes.data import labels_in_range, lost_labels
 from gramian.inspection.causes.growing import opening_matrices
@@ -38,7 +39,7 @@ from gramian.inspection.passes.observing import NUM_BATCHES, observe
 from gramian.inspection.passes.places import places
 from gramian.inspection.passes.signal import SIGNAL, in_words, measure_signal
 from gramian.inspection.reporting import report_of
-from gramian.inspection.rules import ADAMW_EPS, find
+from gramian.inspection.rules import find
 from gramian.inspection.weights.of_files import measure_file
 from gramian.inspection.weights.of_model import measure_model
 from gramian.loader import Batches, as_batches, first_few, is_in_memory, with_samples

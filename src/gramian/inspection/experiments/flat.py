@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gramian.inspection.across_depth import ADAMW_EPS
 from gramian.inspection.experiments.replaying import Asked
-from gramian.inspection.rules import ADAMW_EPS
 
 __all__ = ["largest_slope"]
 
