@@ -220,6 +220,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     padded = next((f for f in serious if f.code == "padding-read" and f.where != "labels"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]
+    if finding.code == "loss-non-finite" and finding.title.endswith(" ctc_loss"):  # nothing else makes it so
+        return next((f for f in serious if f.code == "labels-out-of-range"), None)
     if finding.code == "gradient-overflow":  # softmax of a row of −∞
         return next((f for f in serious if f.code == "attention-masked" and f.severity == "error"), None)
     if finding.code in _MISPLACED:

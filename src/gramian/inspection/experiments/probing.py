@@ -13,6 +13,7 @@ from gramian.batch import num_samples
 from gramian.inspection.experiments.affine import is_affine
 from gramian.inspection.experiments.blocking import are_constant, blocking_zeros
 from gramian.inspection.experiments.choices import Choices, along_choices
+from gramian.inspection.experiments.columns import silent_columns
 from gramian.inspection.experiments.compared import label_names
 from gramian.inspection.experiments.concave import Concave, is_concave
 from gramian.inspection.experiments.contrasting import Contrast, pulled_apart
@@ -34,7 +35,7 @@ from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.experiments.rows import Rows, compared_rows
 from gramian.inspection.experiments.shifting import shifted_twice
 from gramian.inspection.experiments.shortcuts import OneWay, Shortcut, one_way, shortcut
-from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
+from gramian.inspection.experiments.supervision import Supervision, against_labels
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
 from gramian.inspection.experiments.together import Together, made_into_inputs, rows_together
 from gramian.inspection.experiments.two_values import TwoValues, of_two_values

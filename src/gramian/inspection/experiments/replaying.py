@@ -204,16 +204,7 @@ class Replay:
             ValueError: the loss calls the model otherwise than before.
         Cost: that of the loss.
         """
-        made = iter(self._made)
-        values = iter(outputs)
-        places = {id(t) for t in self.outputs}
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return mapped(next(made), lambda t: next(values) if id(t) in places else t)
-            except StopIteration:
-                raise ValueError("the loss calls the model once more") from None
-
+        forward = _Given(self._made, {id(t) for t in self.outputs}, outputs).forward
         batch = self.batch if batch is None else batch
         if isinstance(self.model, torch.jit.ScriptModule):  # whose `forward` is compiled
             with hooks([self.model.register_forward_hook(lambda *_: forward())]):
@@ -258,6 +249,19 @@ class Replay:
             return [torch.zeros_like(t) for t in free]
         found = torch.autograd.grad(total * scale, free, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(free, found, strict=True)]
+
+
+class _Given:
+    """What a model's calls give: what they gave before, with others in place of its outputs."""
+
+    def __init__(self, made: Sequence[Any], places: set[int], outputs: Sequence[Tensor]) -> None:
+        self.made, self.places, self.values = iter(made), places, iter(outputs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # a method, whose signature is read once for all
+        try:
+            return mapped(next(self.made), lambda t: next(self.values) if id(t) in self.places else t)
+        except StopIteration:
+            raise ValueError("the loss calls the model once more") from None
 
 
 def _is_own(t: Tensor) -> bool:

@@ -18,7 +18,7 @@ from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.measuring import training
 
-__all__ = ["NUM_STEPS", "Steps", "take_steps"]
+__all__ = ["FEWEST", "NUM_STEPS", "Steps", "take_steps"]
 
 # Steps, and after how many of them none follows if the loss has not risen by this share: to three times its first value
 # it rises over several steps, at a constant factor to one and a half times in the first two. A smaller share is enough
@@ -98,10 +98,18 @@ def take_steps(
                     size = float(old.float().norm())
                     if size > 0:
                         taken.changes[n] = float((names[n].detach() - old).float().norm()) / size
-        with torch.enable_grad():  # a loss may differentiate on its way
-            total, units = objective.loss(twin, given[0])
-            taken.losses.append(float(total.detach() / units))
+        taken.losses.append(_loss_of(twin, given[0], objective))
     return taken
+
+
+def _loss_of(model: nn.Module, batch: Any, objective: Objective) -> float:
+    try:
+        with torch.no_grad():
+            total, units = objective.loss(model, batch)
+    except Exception:  # a loss may differentiate on its way
+        with torch.enable_grad():
+            total, units = objective.loss(model, batch)
+    return float(total.detach() / units)
 
 
 def _differentiated(model: nn.Module, batch: Any, objective: Objective) -> float:

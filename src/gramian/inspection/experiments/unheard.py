@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.arguments import arguments_of
 from gramian.batch import mapped, tensors
 from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.experiments.unzeroed import unzeroed
@@ -30,6 +31,9 @@ def unheard_arguments(asked: Asked) -> tuple[str, ...]:
     Raises: what the model raises.
     Cost: two to four forward passes of 16 samples for each argument that is a tensor, where there are several.
     """
+    takes = arguments_of(asked.model)
+    if not (takes.any_place or takes.any_name or len({*takes.names, *takes.places}) > 1):
+        return ()
     called: list[tuple[tuple, dict[str, Any]]] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
