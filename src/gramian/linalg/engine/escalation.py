@@ -156,7 +156,7 @@ def climb(
             kept = rows[better]
             for whole, part in zip((*values, *certificate.tensors()), (*found, *proof.tensors()), strict=True):
                 whole[kept] = part[better]
-        if last or not certificate.reason.numel():
+        if last or (certificate.converged.device.type == "cpu" and bool(certificate.converged.all())):
             break
         # What overflows by a cheap method may just fit by a finer one, and eigenvalues near an axis may be off it.
         reason = certificate.reason
@@ -189,7 +189,6 @@ def settle(
     It is NaN where the matrix was not finite.
     """
     value = answer.value
-    failed = ~loaded.finite
     out = (value if exponent is None else scale(value, exponent)).to(loaded.dtype)
     if not certify:
         return _bare(loaded, out, answer, code, methods)
@@ -224,9 +223,9 @@ def settle(
     reason = torch.where(overflow, cert.OVERFLOW, answer.reason)
     if loaded.asymmetric is not None:
         reason = torch.where(loaded.asymmetric, cert.NOT_SYMMETRIC, reason)
-    reason = torch.where(failed, cert.NOT_FINITE, reason)
-    if value.device.type != "cpu" or bool(failed.any()):
-        out = torch.where(failed.reshape((-1,) + (1,) * (out.ndim - 1)), math.nan, out)
+    if not loaded.ordinary:
+        reason = torch.where(loaded.finite, reason, cert.NOT_FINITE)
+        out = torch.where(loaded.finite.reshape((-1,) + (1,) * (out.ndim - 1)), out, math.nan)
     return out, verdict(
         bound,
         rtol,
@@ -244,7 +243,7 @@ def _bare(loaded: Loaded, out: Tensor, answer: Answer, code: int, methods: Seque
     reason = torch.where(answer.reason == cert.NONE, cert.UNASKED, answer.reason)
     if loaded.asymmetric is not None:
         reason = torch.where(loaded.asymmetric, cert.NOT_SYMMETRIC, reason)
-    if loaded.raw.device.type != "cpu" or not bool(loaded.finite.all()):
+    if not loaded.ordinary:
         out = torch.where(loaded.finite.reshape((-1,) + (1,) * (out.ndim - 1)), out, math.nan)
         reason = torch.where(loaded.finite, reason, cert.NOT_FINITE)
     proof = uncertified(reason.shape, reason.device, methods=methods, code=code, steps=answer.steps)

@@ -115,7 +115,7 @@ def _by_backward_error(x: Tensor, q: Tensor, v: Tensor, root: Tensor, w: Tensor,
 
 
 def _known(x: Tensor, w: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """The bound of `gram_bound` for the exact AZ by LAPACK's backward error, where the second, of ‖F‖_F, is below 0.1."""
+    """The bound of `gram_bound` for the exact AZ by LAPACK's backward error, and that of ‖F‖_F, if it is below 0.1."""
     m, n = x.shape[-2:]
     top, low, phi = w[:, -1], w[:, 0].clamp_min(2.0**-1000), backward_error(n)
     f = math.sqrt(n) * (gamma(m) * size + phi * top) / low
