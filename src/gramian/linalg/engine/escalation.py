@@ -221,6 +221,12 @@ def settle(
     # A value that holds inf or NaN itself gives a rounding of NaN.
     overflow = (answer.reason == cert.NONE) & (rounding == math.inf) & answer.error.isfinite()
     reason = torch.where(overflow, cert.OVERFLOW, answer.reason)
+    missed = (reason == cert.NONE) & ~(bound <= rtol)
+    if value.device.type != "cpu" or bool(missed.any()):
+        # The error is nothing beside the least normal number, and so is the answer: no method does better.
+        tiny = torch.finfo(loaded.dtype).tiny
+        error = answer.error if exponent is None else scale(answer.error, exponent)
+        reason = torch.where(missed & (largest_entry(out) < tiny) & (error < tiny), cert.UNDERFLOW, reason)
     if loaded.asymmetric is not None:
         reason = torch.where(loaded.asymmetric, cert.NOT_SYMMETRIC, reason)
     if not loaded.ordinary:
