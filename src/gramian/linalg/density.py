@@ -142,9 +142,9 @@ def spectral_radius(
         ShapeError, DtypeError, InputError: for arguments that are not as above.
         ConvergenceError: where the error bound is above rtol.
     Cost: "eigenvalues", one nonsymmetric eigendecomposition in float64 (about 25 products); "gelfand", which "auto"
-    takes where the eigenvectors are dependent, 30 squarings in double-double. A triangular matrix is exact, Jordan
-    blocks included; of one in another basis float64 knows no more than the n-th root of its rounding. The value is made of its bounds, so that
-    there is no certificate to leave out. Accuracy: n u κ(V); a bound, not an estimate.
+    takes where the eigenvectors are dependent, 30 squarings in double-double. The value is made of its bounds, so that
+    there is no certificate to leave out. Accuracy: n u κ(V); a bound, not an estimate. A triangular matrix is exact,
+    Jordan blocks included; of one in another basis float64 knows little, and the certificate says so.
     Source: Horn and Johnson, Matrix Analysis (2013), theorem 6.1.1 and corollary 5.6.14.
 
     >>> spectral_radius(torch.tensor([[2.0, 100.0], [0.0, 1.0]]))
