@@ -12,7 +12,7 @@ from torch import Tensor
 from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
-from gramian.linalg.engine.backward_error import backward_error, refined
+from gramian.linalg.engine.backward_error import backward_error, tightened
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
     Pair,
@@ -199,8 +199,8 @@ def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certif
 
 def _eigh64(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer | None:
     """By an eigendecomposition in float64, bounded by probes: 1e-7 at worst, as a root turns ε into √ε."""
-    if dtype == torch.float64 and x.shape[-1] <= EXACT and math.isfinite(rtol):
-        return None  # where a finer bound costs nothing
+    if x.shape[-1] <= EXACT and math.isfinite(rtol):
+        return None  # a finer bound costs less
     return _by_probes(x, shift, dtype, torch.float64, certify, rtol)
 
 
@@ -224,7 +224,7 @@ def _eigh(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify:
         return own, further.residual
 
     known = torch.full_like(s[:, 0], backward_error(x.shape[-1]))
-    error, residual = refined(_by_backward_error(m, w, s), norm(value), known, dtype, finer)
+    error, residual = tightened(lambda: _by_backward_error(m, w, s), norm(value), known, dtype, finer)
     return Answer(value, error, residual, reason, spectrum=Spectrum(s, v))
 
 

@@ -22,18 +22,23 @@ def backward_error(n: int, dtype: torch.dtype = torch.float64) -> float:
     return 20 * n * unit_roundoff(dtype)
 
 
-def refined(
-    error: Tensor, size: Tensor, residual: Tensor, dtype: torch.dtype, finer: Callable[[Tensor], tuple[Tensor, Tensor]]
+def tightened(
+    rough: Callable[[], Tensor],
+    size: Tensor,
+    residual: Tensor,
+    dtype: torch.dtype,
+    finer: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """The errors (B,) of answers of norms `size` and their residuals, by `finer` where they may be made less by it.
+    """Bounds (B,) on the errors of answers of norms `size`, and their residuals: by `rough`, or where `finer` may give
+    less by that.
 
-    That is where they are above `ROUNDINGS` of the caller's `dtype`, and everywhere in float64, in which LAPACK's bound
-    is tens of times the error. `finer` takes the indices of the matrices.
+    So it is in float64, in which LAPACK's bound is tens of times the error, and where the bound by `rough` is above
+    `ROUNDINGS` of the caller's `dtype`. `finer` takes the indices of the matrices.
     """
     if dtype == torch.float64:
-        rows = torch.arange(len(error), device=error.device)
-    else:
-        rows = (~(error <= ROUNDINGS * unit_roundoff(dtype) * size)).nonzero().flatten()
+        return finer(torch.arange(len(size), device=size.device))
+    error = rough()
+    rows = (~(error <= ROUNDINGS * unit_roundoff(dtype) * size)).nonzero().flatten()
     if rows.numel():
         better, found = finer(rows)
         error, residual = error.clone(), residual.clone()

@@ -125,6 +125,9 @@ def ladder(methods: Mapping[str, Method], shape: Sequence[int], rtol: float, dev
     return names
 
 
+AGAIN = (cert.INACCURATE, cert.SINGULAR, cert.OVERFLOW, cert.UNDERFLOW, cert.NO_SIGN, cert.ON_CUT)
+"""Failures by one method that may be none by the next."""
+
 Rung = TypeVar("Rung")
 Values = tuple[Tensor, ...]
 
@@ -158,9 +161,10 @@ def climb(
                 whole[kept] = part[better]
         if last or (certificate.converged.device.type == "cpu" and bool(certificate.converged.all())):
             break
-        # What overflows by a cheap method may just fit by a finer one, and eigenvalues near an axis may be off it.
+        # What overflows by a cheap method may just fit by a finer one, what underflows be zero, and eigenvalues near an
+        # axis be off it.
         reason = certificate.reason
-        again = (reason == cert.INACCURATE) | (reason == cert.SINGULAR) | (reason == cert.OVERFLOW) | _on_axis(reason)
+        again = torch.isin(reason, reason.new_tensor(AGAIN))
         rows = again.nonzero().flatten()
         if not rows.numel():
             break
@@ -223,7 +227,7 @@ def settle(
     reason = torch.where(overflow, cert.OVERFLOW, answer.reason)
     missed = (reason == cert.NONE) & ~(bound <= rtol)
     if value.device.type != "cpu" or bool(missed.any()):
-        # The error is nothing beside the least normal number, and so is the answer: no method does better.
+        # Both the error and the answer are nothing beside the least normal number.
         tiny = torch.finfo(loaded.dtype).tiny
         error = answer.error if exponent is None else scale(answer.error, exponent)
         reason = torch.where(missed & (largest_entry(out) < tiny) & (error < tiny), cert.UNDERFLOW, reason)

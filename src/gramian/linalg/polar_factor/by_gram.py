@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg.engine import lapack
-from gramian.linalg.engine.backward_error import backward_error, refined
+from gramian.linalg.engine.backward_error import backward_error, tightened
 from gramian.linalg.engine.double_double import eye_like, minus, pair, product, transpose
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import SMALL, Answer
@@ -128,15 +128,17 @@ def _small(x: Tensor, q: Tensor, left: Tensor, root: Tensor, w: Tensor, ok: Tens
     if not x[0:1].numel():
         return _exactly_certified(x, q, left, ok)
     known, f = _known(x, w, size)
-    # Z is LLᵀ, a rounding or two off for each entry of L, and Q is AZ.
-    apart = size.sqrt() * (1.2 * gamma(n + 8) * root.sum(-1) + 1.1 * gamma(n) * norm(root[:, None]))
-    error = torch.where(ok & (f < 0.1), (known + apart) * (1 + 2.0**-20), math.inf)
+
+    def rough() -> Tensor:
+        # Z is LLᵀ, a rounding or two off for each entry of L, and Q is AZ.
+        apart = size.sqrt() * (1.2 * gamma(n + 8) * root.sum(-1) + 1.1 * gamma(n) * norm(root[:, None]))
+        return torch.where(ok & (f < 0.1), (known + apart) * (1 + 2.0**-20), math.inf)
 
     def finer(rows: Tensor) -> tuple[Tensor, Tensor]:
         found = _exactly_certified(x[rows], q[rows], left[rows], ok[rows])
         return found.error, found.residual
 
-    error, residual = refined(error, norm(q), f, dtype, finer)
+    error, residual = tightened(rough, norm(q), f, dtype, finer)
     reason = torch.where(error.isfinite(), cert.NONE, cert.INACCURATE)
     return Answer(q, error, residual, reason, size=torch.full_like(error, math.sqrt(n)))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg.engine import lapack
-from gramian.linalg.engine.backward_error import backward_error, refined
+from gramian.linalg.engine.backward_error import backward_error, tightened
 from gramian.linalg.engine.double_double import (
     Pair,
     Product,
@@ -65,7 +65,9 @@ def _small(x: Tensor, q: Tensor, s: Tensor, v: Tensor, times: Product, dtype: to
         return error, residual
 
     known = backward_error(max(x.shape[-2:]))
-    error, residual = refined(_by_backward_error(x, s, known), norm(q), torch.full_like(s[:, 0], known), dtype, finer)
+    error, residual = tightened(
+        lambda: _by_backward_error(x, s, known), norm(q), torch.full_like(s[:, 0], known), dtype, finer
+    )
     return Answer(q, error, residual, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE))
 
 
