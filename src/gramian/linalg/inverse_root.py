@@ -14,7 +14,7 @@ from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine import lapack
-from gramian.linalg.engine.backward_error import tightened
+from gramian.linalg.engine.backward_error import Rows, tightened
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
     Pair,
@@ -90,13 +90,13 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
     error = torch.where(positive, error, math.inf)
     if small:
         # Residuals in float64 are rounding; the correction that double-double ones give is the error itself.
-        def finer(rows: Tensor) -> tuple[Tensor, Tensor]:
+        def finer(rows: Rows) -> tuple[Tensor, Tensor]:
             some, own, root = Pair(*(y[rows] for y in m)), value[rows], root_of(w[rows], p)
             further = _corrected(some, pair(own), root, v[rows], p, 1)
             rest, _ = _pair_bound(some, further, root, w[rows], p)
             return torch.fmin(error[rows], norm(further.hi - own) + norm(further.lo) + rest), residual[rows]
 
-        error, residual = tightened(lambda: error, norm(value), residual, dtype, finer)
+        error, residual = tightened(lambda: (error, residual), finer, norm(value), dtype)
     proven = error.isfinite()
     unproven = torch.where(kept.all(-1), cert.INACCURATE, cert.SINGULAR)
     reason = torch.where((reason == cert.NONE) & ~proven, unproven, reason)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
-from gramian.linalg.engine.backward_error import backward_error, tightened
+from gramian.linalg.engine.backward_error import Rows, backward_error, tightened
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
     Pair,
@@ -216,26 +216,29 @@ def _eigh(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify:
     s = w.clamp_min(0).sqrt()
     value = symmetric(pair((v * s[:, None, :]) @ v.mT)).hi
 
-    def finer(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def finer(rows: Rows) -> tuple[Tensor, Tensor]:
         further = _by_residual(x[rows], shift[rows], dtype, product, 1, certify)
         own = norm(value[rows] - further.value) + further.error
         if not bool(own.isfinite().all()):
             own = torch.fmin(own, _by_residual(x[rows], shift[rows], dtype, rough, 0, certify).error)
         return own, further.residual
 
-    known = torch.full_like(s[:, 0], backward_error(x.shape[-1]))
-    error, residual = tightened(lambda: _by_backward_error(m, w, s), norm(value), known, dtype, finer)
+    error, residual = tightened(lambda: _by_backward_error(m, w, s), finer, norm(value), dtype)
     return Answer(value, error, residual, reason, spectrum=Spectrum(s, v))
 
 
-def _by_backward_error(m: Pair, w: Tensor, s: Tensor) -> Tensor:
-    """A bound on ‖V w₊^(1/2) Vᵀ − √M₊‖_F from LAPACK's own on how far M is from V₀ w V₀ᵀ, as `_by_probes` from e."""
+def _by_backward_error(m: Pair, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """A bound on ‖V w₊^(1/2) Vᵀ − √M₊‖_F from LAPACK's own on how far M is from V₀ w V₀ᵀ, as `_by_probes` from e.
+
+    And that bound, relative to ‖M‖₂.
+    """
     n = w.shape[-1]
     known = backward_error(n)
     e = math.sqrt(n) * known * w.abs().amax(-1) + norm(m.lo)
     lowest = (w[:, 0] - e).clamp_min(0)
     error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt()))
-    return error + 2.2 * known * s.norm(dim=-1) + 1.1 * gamma(n + 4) * s.sum(-1)
+    error = error + 2.2 * known * s.norm(dim=-1) + 1.1 * gamma(n + 4) * s.sum(-1)
+    return error, torch.full_like(error, known)
 
 
 def _eigh_refined(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:

@@ -22,22 +22,25 @@ def backward_error(n: int, dtype: torch.dtype = torch.float64) -> float:
     return 20 * n * unit_roundoff(dtype)
 
 
-def tightened(
-    rough: Callable[[], Tensor],
-    size: Tensor,
-    residual: Tensor,
-    dtype: torch.dtype,
-    finer: Callable[[Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """Bounds (B,) on the errors of answers of norms `size`, and their residuals: by `rough`, or where `finer` may give
-    less by that.
+Rows = Tensor | slice
+"""Indices of matrices, or all."""
 
-    So it is in float64, in which LAPACK's bound is tens of times the error, and where the bound by `rough` is above
-    `ROUNDINGS` of the caller's `dtype`. `finer` takes the indices of the matrices.
+
+def tightened(
+    rough: Callable[[], tuple[Tensor, Tensor]],
+    finer: Callable[[Rows], tuple[Tensor, Tensor]],
+    size: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Bounds (B,) on the errors of answers of norms `size`, and their residuals: by `rough`, or by `finer` where it may
+    give less.
+
+    It may in float64, in which LAPACK's bound is tens of times the error, and where the bound by `rough` is above
+    `ROUNDINGS` of the caller's `dtype`.
     """
     if dtype == torch.float64:
-        return finer(torch.arange(len(size), device=size.device))
-    error = rough()
+        return finer(slice(None))
+    error, residual = rough()
     rows = (~(error <= ROUNDINGS * unit_roundoff(dtype) * size)).nonzero().flatten()
     if rows.numel():
         better, found = finer(rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg.engine import lapack
-from gramian.linalg.engine.backward_error import backward_error, tightened
+from gramian.linalg.engine.backward_error import Rows, backward_error, tightened
 from gramian.linalg.engine.double_double import eye_like, minus, pair, product, transpose
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import SMALL, Answer
@@ -127,18 +127,18 @@ def _small(x: Tensor, q: Tensor, left: Tensor, root: Tensor, w: Tensor, ok: Tens
     n, size = x.shape[-1], w.clamp_min(0).sum(-1) * 1.01
     if not x[0:1].numel():
         return _exactly_certified(x, q, left, ok)
-    known, f = _known(x, w, size)
 
-    def rough() -> Tensor:
+    def rough() -> tuple[Tensor, Tensor]:
+        known, f = _known(x, w, size)
         # Z is LLᵀ, a rounding or two off for each entry of L, and Q is AZ.
         apart = size.sqrt() * (1.2 * gamma(n + 8) * root.sum(-1) + 1.1 * gamma(n) * norm(root[:, None]))
-        return torch.where(ok & (f < 0.1), (known + apart) * (1 + 2.0**-20), math.inf)
+        return torch.where(ok & (f < 0.1), (known + apart) * (1 + 2.0**-20), math.inf), f
 
-    def finer(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def finer(rows: Rows) -> tuple[Tensor, Tensor]:
         found = _exactly_certified(x[rows], q[rows], left[rows], ok[rows])
         return found.error, found.residual
 
-    error, residual = tightened(rough, norm(q), f, dtype, finer)
+    error, residual = tightened(rough, finer, norm(q), dtype)
     reason = torch.where(error.isfinite(), cert.NONE, cert.INACCURATE)
     return Answer(q, error, residual, reason, size=torch.full_like(error, math.sqrt(n)))
 

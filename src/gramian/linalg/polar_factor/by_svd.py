@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg.engine import lapack
-from gramian.linalg.engine.backward_error import backward_error, tightened
+from gramian.linalg.engine.backward_error import Rows, backward_error, tightened
 from gramian.linalg.engine.double_double import (
     Pair,
     Product,
@@ -56,7 +56,7 @@ def _by_svd(x: Tensor, times: Product, steps: int, certify: bool, dtype: torch.d
 def _small(x: Tensor, q: Tensor, s: Tensor, v: Tensor, times: Product, dtype: torch.dtype) -> Answer:
     """The answer for small matrices, bounded by LAPACK's backward error, the next Newton step, or its residual."""
 
-    def finer(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def finer(rows: Rows) -> tuple[Tensor, Tensor]:
         given, close, spread, right = x[rows], pair(q[rows]), s[rows], v[rows]
         error, residual = _by_next(given, close, spread, right, times)
         if not bool(error.isfinite().all()):
@@ -64,26 +64,24 @@ def _small(x: Tensor, q: Tensor, s: Tensor, v: Tensor, times: Product, dtype: to
             error, residual = torch.fmin(error, own.error), own.residual
         return error, residual
 
-    known = backward_error(max(x.shape[-2:]))
-    error, residual = tightened(
-        lambda: _by_backward_error(x, s, known), norm(q), torch.full_like(s[:, 0], known), dtype, finer
-    )
+    error, residual = tightened(lambda: _by_backward_error(x, s), finer, norm(q), dtype)
     return Answer(q, error, residual, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE))
 
 
-def _by_backward_error(x: Tensor, s: Tensor, known: float) -> Tensor:
-    """A bound on ‖UVᵀ − polar(A)‖_F where UVᵀ is that of a matrix within `known` ‖A‖₂ of A, but for its rounding.
+def _by_backward_error(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """A bound on ‖UVᵀ − polar(A)‖_F from LAPACK's own on how far A is from USVᵀ, and that, relative to ‖A‖₂.
 
     How far the polar factor moves is in `_bounded`.
     """
     m, n = x.shape[-2:]
+    known = backward_error(max(m, n))
     far, low = known * s[:, 0], s[:, -1]
     if m == n:
         # A 1×1 has no pair.
         low = (low + s[:, -2]) / 2 if n > 1 else torch.full_like(low, math.inf)
     room = low - 2 * far
     error = math.sqrt(n) * (far / room + 2.1 * known) + gamma(n) * n
-    return torch.where((room > 0) & (s[:, -1] > 2 * far), error, math.inf)
+    return torch.where((room > 0) & (s[:, -1] > 2 * far), error, math.inf), torch.full_like(far, known)
 
 
 def _by_next(x: Tensor, close: Pair, s: Tensor, v: Tensor, times: Product) -> tuple[Tensor, Tensor]:
