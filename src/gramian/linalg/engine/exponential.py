@@ -136,16 +136,16 @@ def _plan(
     most = float(need.max()) if len(need) else 0.0
     target = FINE_REMAINDER if fine else REMAINDER
 
-    def squarings(degree: int, need: float) -> float:
-        """log₂(α 2^start / θ)."""
-        return need - math.log2(target * float(math.factorial(degree + 1))) / (degree + 1)
+    def room(degree: int) -> float:
+        """log₂ θ."""
+        return math.log2(target * float(math.factorial(degree + 1))) / (degree + 1)
 
     def cost(scheme: tuple[int, int]) -> float:
         degree, block = scheme
-        return block - 1 + degree // block - 1 + min(max(math.ceil(squarings(degree, most)), 0), SQUARINGS)
+        return block - 1 + degree // block - 1 + min(max(math.ceil(most - room(degree)), 0), SQUARINGS)
 
     best = min(schemes, key=cost)
-    return squarings(best[0], need).ceil().clamp(0, 1e9).long(), best
+    return (need - room(best[0])).ceil().clamp(0, 1e9).long(), best
 
 
 def _scaled(x: Pair, exponent: Tensor) -> Pair:
@@ -180,7 +180,7 @@ def _fine_part(powers: list[Pair]) -> Part:
 def _plain_part(powers: list[Pair], times: Product) -> Part:
     """In plain float64, with its rounding unless `times` has none either; what is low in the powers is dropped."""
     stack = torch.stack([x.hi for x in powers])
-    lost = torch.zeros_like(stack[:, :, 0, 0])
+    lost = sizes = torch.zeros_like(stack[:, :, 0, 0])
     if times is not unbounded:
         lost = torch.stack([x.error + norm(x.lo) for x in powers])
         sizes = torch.linalg.vector_norm(stack, dim=(-2, -1))
