@@ -9,7 +9,7 @@ import gramian.linalg as gl
 from cases import DEVICES, EVERY, HALF, SHAPES, WIDE, hostile_for, overflows, seeded, untyped
 from gramian import random
 from gramian.errors import ConvergenceError, DtypeError, InputError, ShapeError
-from gramian.linalg.certificate import OVERFLOW, REASONS
+from gramian.linalg.certificate import OVERFLOW, REASONS, UNDERFLOW
 from gramian.linalg.engine.function import FUNCTIONS as REGISTRY
 from gramian.linalg.engine.function import examples
 
@@ -170,6 +170,16 @@ def test_an_answer_that_overflows_its_dtype_says_so_and_what_to_do(device):
     assert certificate.reasons == [REASONS[OVERFLOW]]
     _, certificate = gl.inv_ex(torch.tensor([[2.0**-1073]], dtype=torch.float64, device=device))
     assert certificate.reasons == [REASONS[OVERFLOW]]
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_an_answer_below_the_normal_numbers_says_so(dtype):
+    eye = torch.eye(3, dtype=dtype)
+    value, certificate = gl.expm_ex(torch.stack([-2000 * eye, 0 * eye]))
+    assert not value[0].any()
+    assert torch.equal(value[1], eye)
+    assert certificate.reason.tolist() == [UNDERFLOW, 0]
+    assert gl.expm_ex(torch.diag(torch.tensor([-2000.0, 0.0], dtype=dtype)))[1].converged
 
 
 def test_the_codes_of_reasons_do_not_change():
