@@ -89,7 +89,8 @@ def test_channels_of_a_sum_stay() -> None:
 def normalized(groups: int, width: int = 24, **kind) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(groups, 16, **kind), nn.ReLU(),
-        nn.Conv2d(16, width, 3, stride=2), nn.GroupNorm(groups, width), nn.SiLU(), nn.Flatten(), nn.Linear(4 * width, 5),
+        nn.Conv2d(16, width, 3, stride=2), nn.GroupNorm(groups, width), nn.SiLU(),
+        nn.Flatten(), nn.Linear(4 * width, 5),
     )  # fmt: skip
 
 
