@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 import gramian as gm
-from gramian.compression.choosing.deciding import Target, decide
+from gramian.compression.choosing.deciding import decide
+from gramian.compression.choosing.target import Target
 from gramian.compression.fitting.lockstep import Walk, watched
 from gramian.compression.layers.lowrank import LowRank
 from gramian.errors import InputError
