@@ -110,6 +110,21 @@ def test_groups_of_a_norm_go_whole(affine: bool) -> None:
     torch.testing.assert_close(small(x), masked(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_norm_with_an_activation_in_it_goes_too() -> None:
+    class Active(nn.BatchNorm2d):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.act = nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(super().forward(x))
+
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), Active(16), nn.Conv2d(16, 4, 3)).eval()
+    plan = gm.narrow(net, list(torch.randn(32, 3, 6, 6).split(8)), DISTILL)
+    small = plan.at(keep=0.5).apply()
+    assert small[1].num_features == plan.at(keep=0.5).kept["2"] < 16
+
+
 def test_a_norm_of_all_channels_together_is_named() -> None:
     torch.manual_seed(0)
     with pytest.raises(InputError, match=r"3: 1 \(GroupNorm\) before it normalizes all its inputs together"):

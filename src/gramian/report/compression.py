@@ -203,7 +203,7 @@ class Outcome:
         """What the plan predicts, and of which model."""
         text = self.predicted_text or format(self.predicted, ".2g")
         refit = any(c.name == AS_CUT for c in self.contenders)
-        return f"predicted rise of the loss{f', {AS_CUT},' if refit else ''} by what the plan cuts: {text}"
+        return f"predicted rise of the objective's loss by what the plan cuts{f', {AS_CUT}' if refit else ''}: {text}"
 
     def _picture(self) -> Picture:
         curve = sorted(point for point in self.curve if math.isfinite(point[1]))
@@ -230,7 +230,7 @@ class Outcome:
             "Ranks, and why",
             "What loses least for its parameters or bytes is kept, in one list over all layers; ranks by the weighted "
             "singular values, σ² for each parameter that they cost. Energy is the share of a layer's σ² that is kept.",
-            [Table("Layers", ["layer", "shape", "rank", "energy, %", "saved", "note"], rows)],
+            [_by_layer(["layer", "shape", "rank", "energy, %", "saved"], rows)],
         )
 
     def _per_units(self) -> Section:
@@ -242,7 +242,7 @@ class Outcome:
             "The heads, hidden units and channels of a layer's input that lose least for their parameters go, in one "
             "list over all layers; what stays makes up for them. Energy is the share that is kept of what they mean to "
             "the loss.",
-            [Table("Layers", ["layer", "kept", "of", "energy, %", "saved", "note"], rows)],
+            [_by_layer(["layer", "kept", "of", "energy, %", "saved"], rows)],
         )
 
     def _slower(self, other: Contender) -> str:
@@ -269,6 +269,13 @@ class Outcome:
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
+
+
+def _by_layer(columns: list[str], rows: Sequence[Sequence[str | float | int | None]]) -> Table:
+    """A table of layers, with their notes where there is one."""
+    if any(row[-1] for row in rows):
+        return Table("Layers", [*columns, "note"], rows)
+    return Table("Layers", columns, [row[:-1] for row in rows])
 
 
 def _note(row: PlannedLayer) -> str:

@@ -28,9 +28,9 @@ def channel_dim(layer: nn.Module, *, inputs: bool) -> int:
 
 
 def is_elementwise(layer: nn.Module) -> bool:
-    """Whether a layer has a number for each channel: a norm, a depthwise convolution."""
+    """Whether a layer has a number for each channel: a norm (an activation may be in it), a depthwise convolution."""
     own = list(layer.parameters(recurse=False))
-    if not own or list(layer.children()):
+    if not own or len(list(layer.parameters())) > len(own):
         return False
     depthwise = layer_of(layer).operation == "convolution" and getattr(layer, "groups", 1) == own[0].shape[0]
     return depthwise or all(p.ndim == 1 and len(p) == len(own[0]) for p in own)
