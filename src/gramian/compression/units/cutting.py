@@ -90,8 +90,8 @@ def _wrong(
         weight = submodule(made, units.name).get_parameter("weight")
         weight.index_fill_(_dims(consumer)[1], columns.to(weight.device), 0.0)
         wanted = call(made)
-    cut_(made, units, stay, numbers)
     try:
+        cut_(made, units, stay, numbers)
         with evaluating(made), torch.no_grad():
             found = call(made)
     except (RuntimeError, ValueError, IndexError) as error:  # what is said of a shape that does not fit may be anything

@@ -24,6 +24,8 @@ __all__ = ["Part", "Units", "find_units"]
 
 BEFORE = 12
 """Layers before a consumer that are tried as producers."""
+PROBES = 8
+"""Outputs of a producer that are tried beside its largest: what comes after may be off."""
 FUSED = 4
 """The most matrices that are looked for in one, as the four gates of an LSTM."""
 
@@ -116,14 +118,16 @@ def _units_of(name: str, blocks: Mapping[str, Block], watch: Watch) -> Units | s
 def _why_none(name: str, blocks: Mapping[str, Block], watch: Watch) -> str:
     """Why nothing that produces a layer's inputs can lose units."""
     own = watch.inputs[name]
-    if any(x.numel() == own.numel() and torch.equal(x.flatten().to(own), own.flatten()) for x in watch.given):
-        return "its inputs are the model's own"
+    for known, why in ((watch.given, "the model's own"), (watch.recurrent, "a recurrent module's, which stays whole")):
+        if any(x.numel() == own.numel() and torch.equal(x.flatten().to(own), own.flatten()) for x in known):
+            return f"its inputs are {why}"
+    whole = next(
+        (n for n in reversed(watch.order[: watch.order.index(name)]) if not is_elementwise(watch.layers[n])), ""
+    )
+    if whole and whole not in blocks and watch.reaches(name, whole):
+        return f"its inputs come from {whole}, which stays whole"
     before = [one for one in watch.order[: watch.order.index(name)] if one in blocks]
-    every = {
-        one: torch.arange(watch.outputs[one].shape[channel_dim(watch.layers[one], inputs=False)]) for one in before
-    }
-    into = watch.run(every, until=name)
-    if into is not None and not bool(watch.changed(name, into).any()):
+    if not watch.reaches(name, *before):
         return "its inputs come from no layer that can be narrowed, as from a table or a recurrent module"
     norm = _mixing(name, before, watch)
     if norm:
@@ -136,8 +140,7 @@ def _mixing(name: str, before: Sequence[str], watch: Watch) -> str:
     """A norm between a layer and the one that produces its inputs, which makes all channels depend on each."""
     at = watch.order.index(name)
     for producer in reversed(before[-BEFORE:]):
-        m = watch.outputs[producer].shape[channel_dim(watch.layers[producer], inputs=False)]
-        zero = {producer: torch.tensor(_probes(producer, torch.arange(m), watch)[:1])}
+        zero = {producer: torch.tensor(_probes(producer, watch.all_of(producer), watch)[:1])}
         into = watch.run(zero, until=name)
         if into is None or not bool(watch.changed(name, into).any()):
             continue
@@ -174,6 +177,8 @@ def _fused(name: str, blocks: Mapping[str, Block], watch: Watch, n: int) -> list
 def _granularity(consumer: str, producer: str, outputs: Tensor, watch: Watch) -> int:
     """Into how many units a producer's outputs fall, the most there can be; 0 where it is none."""
     m = len(outputs)
+    if not watch.reaches(consumer, producer):
+        return 0
     for probe in _probes(producer, outputs, watch):
         into = watch.run({producer: outputs[probe : probe + 1]}, until=consumer)
         if into is None:
@@ -205,4 +210,4 @@ def _probes(producer: str, outputs: Tensor, watch: Watch) -> list[int]:
     dim = channel_dim(watch.layers[producer], inputs=False)
     values = watch.outputs[producer].movedim(dim, 0).flatten(1)[outputs.to(watch.outputs[producer].device)]
     largest = (int(values.amax(1).argmax()), int(values.amin(1).argmin()))
-    return list(dict.fromkeys((*largest, 0, len(outputs) - 1)))
+    return list(dict.fromkeys((*largest, *torch.linspace(0, len(outputs) - 1, PROBES).long().tolist())))

@@ -30,10 +30,11 @@ def channel_dim(layer: nn.Module, *, inputs: bool) -> int:
 def is_elementwise(layer: nn.Module) -> bool:
     """Whether a layer has a number for each channel: a norm (an activation may be in it), a depthwise convolution."""
     own = list(layer.parameters(recurse=False))
-    if not own or len(list(layer.parameters())) > len(own):
+    held = [*own, *(t for t in layer.buffers(recurse=False) if t.ndim)]
+    if not own or len(list(layer.parameters())) > len(own) or any(len(t) != len(own[0]) for t in held if t.ndim):
         return False
     depthwise = layer_of(layer).operation == "convolution" and getattr(layer, "groups", 1) == own[0].shape[0]
-    return depthwise or all(p.ndim == 1 and len(p) == len(own[0]) for p in own)
+    return depthwise or all(t.ndim == 1 for t in own)
 
 
 def is_near(one: Tensor, other: Tensor) -> bool:
@@ -48,6 +49,7 @@ class Watch:
         self.layers, self.call = layers, call
         self.model = layers[""]
         self.given: list[Tensor] = []
+        self.recurrent: list[Tensor] = []
         self.order: list[str] = []
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
@@ -62,6 +64,8 @@ class Watch:
             if affine or is_elementwise(layer):
                 hook = lambda module, args, output, name=name: calls.append((name, args, output))  # noqa: E731
                 handles.append(layer.register_forward_hook(hook))
+            if isinstance(layer, nn.RNNBase):
+                handles.append(layer.register_forward_hook(lambda *call: self.recurrent.extend(tensors(call[-1]))))
         keep = lambda module, args, kwargs: self.given.extend(t.clone() for t in tensors((args, kwargs)))  # noqa: E731
         handles.append(self.model.register_forward_pre_hook(keep, with_kwargs=True))
         with _removing(handles):
@@ -86,6 +90,15 @@ class Watch:
             except _Stopped:
                 return seen[0]
         return None
+
+    def all_of(self, name: str) -> Tensor:
+        """The numbers of all outputs of a layer."""
+        return torch.arange(self.outputs[name].shape[channel_dim(self.layers[name], inputs=False)])
+
+    def reaches(self, consumer: str, *producers: str) -> bool:
+        """Whether a layer's inputs depend on the outputs of others; so also where it then is not run."""
+        into = self.run({name: self.all_of(name) for name in producers}, until=consumer)
+        return into is None or bool(self.changed(consumer, into).any())
 
     def only_through(self, consumer: str, zero: Mapping[str, Tensor]) -> bool:
         """Whether the output is as it was where the consumer's input is put back."""
