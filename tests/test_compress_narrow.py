@@ -346,6 +346,17 @@ def test_a_parametrized_convolution_is_left_whole():
 
     torch.manual_seed(0)
     batches = [(torch.randn(32, 4, 6), torch.randint(3, (32,))) for _ in range(2)]
-    small = gm.narrow(Net().eval(), batches, gm.Objective.classification()).at(keep=0.7).apply()
+    plan = gm.narrow(Net().eval(), batches, gm.Objective.classification())
+    assert "computed by a parametrization" in plan.reasons["shared"]
+    small = plan.at(keep=0.7).apply()
     assert small.up.out_features < 16
     assert small.shared.weight.shape == (8, 4, 3)
+
+
+def test_a_kernel_with_tensors_of_other_sizes_beside_it_is_left_whole():
+    torch.manual_seed(0)
+    normed = nn.utils.spectral_norm(nn.Conv2d(8, 8, 3, groups=8))  # its u has 8 numbers, and its v nine
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), normed, nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    plan = gm.narrow(net, list(torch.randn(16, 3, 6, 6).split(4)), DISTILL)
+    assert list(plan.kept) == ["4"]
+    assert "1 fails" in plan.reasons["2"]

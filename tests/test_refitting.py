@@ -227,6 +227,8 @@ def test_the_command_refits_where_that_is_better():
     made = decide(net, batches, SELF, error, Target(keep=0.5), curve=False)
     assert distance(made.model, net, new) < distance(made.plan.apply(), net, new)
     assert made.outcome.compressed.quality == distance(made.model, net, new)
+    cut = made.outcome.contenders[2]
+    assert (cut.name, cut.quality) == ("before the refit", distance(made.plan.apply(), net, new))
     assert any("refit" in note for note in made.outcome.remarks)
 
 
