@@ -18,8 +18,9 @@ from gramian.compression.budget.planning import judged
 from gramian.compression.budget.points import measured_points
 from gramian.compression.budget.predicting import REMOVED, Rises
 from gramian.compression.budget.weighted import WeightedSVD
-from gramian.compression.calibration.calibrating import Measure, calibrate
+from gramian.compression.calibration.calibrating import calibrate
 from gramian.compression.calibration.correcting import corrected
+from gramian.compression.calibration.measure import Measure
 from gramian.compression.calibration.targets import Target, adapted, by_pattern, why_not
 from gramian.compression.calibration.weighting import Uncaptured, Weighting, weighting
 from gramian.compression.layers.feedback import feedback_of
