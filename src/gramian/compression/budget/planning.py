@@ -82,8 +82,8 @@ def compress(
         batches: as in `gm.capture`, in place of `stats`; they are read once, and an eighth is kept to measure the rise
             of the loss on. With `stats`, all of them (a list) are for measuring.
         held_out: a list of batches that the model was not trained on, to measure on in place of these. On new data the
-            rise may be another than on training data: without them, `plan.predicted` has a wide interval, and a number as
-            if `batches` were all that the model was trained on.
+            rise may be another than on training data: without them, `plan.predicted` has a wide interval, and a number
+            as if `batches` were all that the model was trained on.
         trained_on: where nothing was held out, the number of samples that the model was trained on, of which `batches`
             are all or some: then `plan.predicted` of ranks tells of new data, from how far the gradients of different
             batches agree.
