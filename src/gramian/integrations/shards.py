@@ -16,7 +16,8 @@ from gramian.compression.sharded.shards import Shards
 from gramian.compression.sharded.streaming import compress_shards
 from gramian.integrations.texts import batches_of_texts, copy_companions
 from gramian.objective import Objective
-from gramian.report.compression import Contender, Outcome
+from gramian.report.compression import Outcome
+from gramian.report.contenders import Contender
 
 __all__ = ["compress_folder"]
 

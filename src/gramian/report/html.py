@@ -227,8 +227,8 @@ def _cells(table: Table) -> Figure:
                 f"table {table.title!r}: row {place} has {len(row)} cells and the table {len(table.columns)} columns. "
                 "Give one cell per column; None where a value is unknown."
             )
-    rows = [[_cell(value) for value in row] for row in table.rows]
-    numeric = [any(row[c].key is not None for row in rows) for c in range(len(table.columns))]
+    numeric = [any(_is_number(row[c]) for row in table.rows) for c in range(len(table.columns))]
+    rows = [[_cell(value, of) for value, of in zip(row, numeric, strict=True)] for row in table.rows]
     return Figure(table, numeric=numeric, rows=rows)
 
 
@@ -243,10 +243,15 @@ def _detail(detail: Detail) -> dict[str, Any]:
     }
 
 
-def _cell(value: object) -> Cell:
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _cell(value: Any, numeric: bool) -> Cell:
+    """A value as it is shown, and what it is sorted by; one that is not known stands as the others of its column do."""
     if value is None:
-        return Cell(number(value), "")
-    if isinstance(value, bool) or not isinstance(value, Real):
+        return Cell(number(value), "" if numeric else None)
+    if not _is_number(value):
         return Cell(number(value), None)
     key = float(value)
     return Cell(number(value), "" if math.isnan(key) else repr(key))

@@ -20,7 +20,7 @@ from gramian.compression.layers.building import built, tied
 from gramian.compression.layers.modules import submodule
 from gramian.objective import Objective
 from gramian.recording.hooks import hooks
-from gramian.report.compression import Ratio
+from gramian.report.contenders import Ratio
 
 __all__ = ["Speeds", "paced"]
 
