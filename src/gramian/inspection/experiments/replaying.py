@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,6 @@ from gramian.recording.keeping import seed_torch
 
 __all__ = ["Asked", "Replay", "are_equal", "loss_of", "outputs_of"]
 
-_KNOWN = (Tensor, tuple, list, dict)
 # Samples that are enough for a property of the loss.
 ENOUGH = 16
 # Outputs that differ by less than this share of what differs between samples are equal up to rounding.
@@ -110,7 +110,8 @@ class Replay:
     """A model's outputs on a batch, and the loss with others in their place, which runs no layer.
 
     Only calls of the model itself are replayed; where the loss calls a part of it, that runs. Where they give objects
-    of the model's own, `is_known` is false. A TorchScript model, whose `forward` is compiled, runs again each time.
+    that are no containers, or the loss is one of several outputs, which the model has computed, `is_known` is false. A
+    TorchScript model, whose `forward` is compiled, runs again each time.
 
     Args:
         model: in the mode in which it is to be.
@@ -133,16 +134,27 @@ class Replay:
         self.outputs: list[Tensor] = []
         self._made: list[Any] = []
         self._own: set[int] = set()
-        self.is_known = True
+        self._is_remade = True
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self.is_known = self.is_known and type(output) in _KNOWN
-            self._made.append(mapped(output, self._kept) if self.is_known else None)
+            self._is_remade = self._is_remade and _is_container(output)
+            self._made.append(remade(output, self._kept) if self._is_remade else None)
 
         with hooks([model.register_forward_hook(keep)]), Terms() as terms:
             total = self._run(batch)
         self.parts: list[Term] = terms.read(total, model.parameters())
         self.num_terms = len(terms.leaves(total, are_scalars=True))
+
+    @cached_property
+    def is_known(self) -> bool:
+        """Whether the loss is computed from the outputs, which others can replace."""
+        if not self._is_remade or len(self.outputs) < 2 or all(t.ndim for t in self.outputs):
+            return self._is_remade
+        try:
+            moving = [t.ndim for t, slope in zip(self.outputs, self.slopes, strict=True) if bool(slope.any())]
+        except Exception:  # a loss that cannot be replayed or differentiated: whoever asks is told why
+            return True
+        return not moving or any(moving)
 
     @property
     def calls(self) -> int:
@@ -212,7 +224,7 @@ class Replay:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             try:
-                return mapped(next(made), lambda t: next(values) if id(t) in places else t)
+                return remade(next(made), lambda t: next(values) if id(t) in places else t)
             except StopIteration:
                 raise ValueError("the loss calls the model once more") from None
 
@@ -260,6 +272,39 @@ class Replay:
             return [torch.zeros_like(t) for t in free]
         found = torch.autograd.grad(total * scale, free, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(free, found, strict=True)]
+
+
+def _is_container(value: Any) -> bool:
+    is_data = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return isinstance(value, (Tensor, tuple, list, Mapping)) or is_data
+
+
+def remade(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a model gave, in containers of the same types, with other tensors.
+
+    Args:
+        value: tensors in tuples, lists, mappings and dataclasses, which are copied; all else stays as it is.
+        change: gives the tensor for each.
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        new = [remade(one, change) for one in value]
+        return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+    if isinstance(value, Mapping):  # a `ModelOutput` of transformers is one, and a dataclass too
+        changed = {key: remade(one, change) for key, one in value.items()}
+        if type(value) is dict:
+            return changed
+        made: Any = copy(value)
+        for key, one in changed.items():
+            made[key] = one
+        return made
+    if not _is_container(value):
+        return value
+    made = copy(value)
+    for field in dataclasses.fields(value):
+        object.__setattr__(made, field.name, remade(getattr(value, field.name), change))
+    return made
 
 
 def _is_own(t: Tensor) -> bool:
