@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import first_samples, main_input, mapped, num_samples, tensors
+from gramian.batch import first_samples, has_rows, main_input, mapped, num_samples, tensors
+from gramian.errors import InputError
 from gramian.inspection.experiments.terms import Term, Terms, scalar_terms
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
@@ -75,6 +76,8 @@ class Asked:
         It is replayed where each output and each tensor of the batch has the samples in its first dimension alone.
         """
         whole, replay = self.seen.batches[0], self.replay
+        if not has_rows(whole):
+            raise InputError("tensors of whole numbers have other lengths than the input: no rows are samples")
         num, here = num_samples(whole), num_samples(self.batch)
         part = mapped(whole, lambda t: t[rows] if t.ndim and len(t) == num else t)
         by_sample = all(t.ndim and len(t) == here and t.shape.count(here) == 1 for t in replay.outputs)
