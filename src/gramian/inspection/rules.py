@@ -34,6 +34,9 @@ __all__ = ["RULES", "find"]
 # Share of variance in the second moment below which float32 sums cannot distinguish it from rounding.
 VARIATION_FLOOR = 1e-6
 
+# The share in the layer before from which on the differences end at once, and not little by little.
+ORDINARY = 1e-2
+
 
 def find(measured: Measured) -> list[Finding]:
     """Return all findings, errors first; within a severity in the order of `RULES`, exact rules before heuristics."""
@@ -70,33 +73,72 @@ def non_finite_signal(measured: Measured) -> Iterator[Finding]:
 
 
 def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
-    """Find the depth from which on all samples look the same."""
-    sites = [(s.name, s.A) for s in _sites(measured) if is_single(s.A) and s.A.count > 1]
-    varying = [(n, _variation(a)) for n, a in sites]
-    same = [n for n, share in varying if share is not None and share < VARIATION_FLOOR]
-    lost = [n for n, share in varying[1:] if share is not None and share < VARIATION_FLOOR]
+    """Find the depth from which on all samples look the same: little by little, or from one layer to the next."""
+    varying = {s.name: _variation(s.A) for s in _sites(measured) if is_single(s.A) and s.A.count > 1}
+    # Zeros that leave outputs different, or that a few steps end, are none of the same for all samples.
+    nothing = math.inf if measured.varies or measured.waiting or measured.opening else 0.0
+    names = list(varying)
+    same = [n for n, share in varying.items() if (nothing if share is None else share) < VARIATION_FLOOR]
+    lost = [name for name in names[1:] if name in same]
     if not lost:
         return
-    given = [n for n in same if n == sites[0][0] or n.rpartition(".")[0] in measured.takes_data]
-    reaches_head = lost[-1] == varying[-1][0]
+    given = [n for n in same if n == names[0] or n.rpartition(".")[0] in measured.takes_data]
+    reaches_head = lost[-1] == names[-1]
     is_given = bool(given) and not reaches_head
+    before = names[names.index(lost[0]) - 1]
+    share = varying[before] or 0.0
+    place = None if is_given or share < ORDINARY else _first_same(measured, before, lost[0])
+    zero = varying[lost[0]] is None
+    if place is None and zero:
+        return
+    evidence = (
+        f"the input of {lost[0]} is zero for all samples (exact)"
+        if zero
+        else f"the input of {lost[0]} varies between samples by less than {math.sqrt(VARIATION_FLOOR):.1%} of its "
+        "size, the resolution of float32 sums"
+    )
+    if is_given:
+        evidence += f"; so does what {given[0]} takes of the data"
+    elif place is not None:
+        evidence += f"; that of {before}, the layer before, by {math.sqrt(share):.0%}"
     yield Finding(
         "samples-indistinguishable",
-        "error" if reaches_head else "warning",
+        "error" if reaches_head else "warning" if place is None else "info",  # learned queries are the same for all
         f"From layer {lost[0]} on, all samples look the same"
         if reaches_head
         else f"{len(lost)} layers get inputs that are the same for all samples",
-        where=f"{lost[0]} … {lost[-1]}" if len(lost) > 1 else lost[0],
-        evidence=f"the input of {lost[0]} varies between samples by less than {math.sqrt(VARIATION_FLOOR):.1%} of "
-        "its size, the resolution of float32 sums"
-        + (f"; so does what {given[0]} takes of the data" if is_given else ""),
+        where=place.removeprefix("in ") if place else (f"{lost[0]} … {lost[-1]}" if len(lost) > 1 else lost[0]),
+        evidence=evidence,
         cause=f"They depend on what {given[0]} takes of the data, which is the same for all samples."
         if is_given
-        else "Each layer shrinks the differences between samples, until only the biases are left.",
-        action=None if is_given else ISOMETRIC,
-        advice=f"Look at what enters {given[0]}." if is_given else "",
-        source="" if is_given else "Schoenholz et al. 1611.01232, §3",
+        else "Each layer shrinks the differences between samples, until only the biases are left."
+        if place is None
+        else "The differences end at once: a rounding to one value, a mask that shows nothing but padding, a mean or "
+        "an index that takes the same for all samples, or a parameter that is given to all.",
+        action=None if is_given or place else ISOMETRIC,
+        advice=f"Look at what enters {given[0]}."
+        if is_given
+        else f"Look at what is computed {place}."
+        if place
+        else "",
+        source="" if is_given or place else "Schoenholz et al. 1611.01232, §3",
     )
+
+
+def _first_same(measured: Measured, before: str, behind: str) -> str | None:
+    """Where the differences between samples end between two layers; `None` where the first layer's matrix ends them."""
+    first, last = (name.partition("[")[0].rpartition(".")[0] for name in (before, behind))
+    called = [place.name for place in measured.places]
+    if first in called and last not in called and last.startswith(f"{first}."):
+        return f"in {first}"  # attention, which calls no module for its last matrix
+    if first not in called or last not in called[called.index(first) :]:
+        return f"between {before} and {behind}"
+    start = called.index(first)
+    between = measured.places[start : called.index(last, start)]
+    ending = next((p for p in between if (p.variation or 0.0) < math.sqrt(VARIATION_FLOOR)), None)
+    if ending is None:
+        return f"between {between[-1].name} and {last}"
+    return None if ending.name == first else f"in {ending.name}"
 
 
 def underflowing_gradients(measured: Measured) -> Iterator[Finding]:

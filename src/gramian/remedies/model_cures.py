@@ -51,6 +51,12 @@ def everything(asked: Asked) -> Iterator[Action]:
     yield RESET_ALL
 
 
+def everything_by_depth(asked: Asked) -> Iterator[Action]:
+    """All matrices anew, where the finding says that it is they who lose the signal."""
+    if asked.finding.action is not None:
+        yield from everything(asked)
+
+
 def places(asked: Asked) -> Iterator[Action]:
     """What the finding names anew."""
     if asked.places:

@@ -84,7 +84,7 @@ CURES: dict[str, tuple[Propose, ...]] = {
     "gradient-explodes": (model_cures.everything,),
     "jacobian-vanishes": (model_cures.everything,),
     "jacobian-explodes": (model_cures.everything,),
-    "samples-indistinguishable": (model_cures.everything,),
+    "samples-indistinguishable": (model_cures.everything_by_depth,),
     "parameter-float16": (model_cures.half_precision,),
     "gradient-overflow": (model_cures.half_precision,),
     "gradient-underflow": (model_cures.half_precision,),

@@ -11,7 +11,7 @@ from gramian.batch import main_input
 from gramian.errors import GramianError, some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.passes.attention import NUM_SAMPLES
-from gramian.inspection.passes.padding import padding_of
+from gramian.inspection.passes.padding import padding_of, zero_ends
 from gramian.inspection.passes.records import Visible
 from gramian.report import Finding, Severity
 from gramian.report.model import plural
@@ -36,6 +36,7 @@ def masks(context: Context) -> Iterator[Finding]:
     except (GramianError, IndexError):
         return
     padding = padding_of(context.model, context.observed.batches[0], x)
+    padding = zero_ends(x) if padding is None else padding
     inverted, strict, blind = [], [], {}
     for one in context.observed.visible:
         seen = _by_sample(one, len(x))

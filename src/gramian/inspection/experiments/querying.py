@@ -15,7 +15,11 @@ __all__ = ["OverQueries"]
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
-_MOVES = {F.dropout, Tensor.to, Tensor.float, Tensor.contiguous}
+_MOVES = {
+    F.dropout, torch.dropout, Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type,
+    Tensor.type_as, Tensor.contiguous, Tensor.clone, Tensor.nan_to_num, torch.nan_to_num, Tensor.nan_to_num_,
+    torch.nan_to_num_, Tensor.masked_fill, torch.masked_fill, Tensor.masked_fill_,
+}  # fmt: skip
 # Nodes that may stand between a parameter and a product, as its expansion for each sample.
 NEAR = 4
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gramian.batch import token_mask
 from gramian.errors import GramianError
 
-__all__ = ["filled_ends", "padding_of"]
+__all__ = ["filled_ends", "padding_of", "zero_ends"]
 
 # Tokens that are padding by where they stand, from which on they count.
 FEW = 16
@@ -61,3 +61,19 @@ def filled_ends(x: Tensor) -> Tensor | None:
         if bool((found == tail).all()) and int(found.sum()) >= FEW and len(lengths[lengths > 0].unique()) > 1:
             return found if tokens is x else found.flip(1)
     return None
+
+
+def zero_ends(x: Tensor) -> Tensor | None:
+    """Where vectors of zeros fill the ends, or the beginnings, of rows of several lengths, and are nowhere else.
+
+    Args:
+        x: (N, T, F) numbers.
+
+    Returns: true there; `None` where none does.
+    Cost: a pass over the numbers.
+    """
+    if x.ndim != 3 or not x.is_floating_point():
+        return None
+    is_zero = (x == 0).all(-1)
+    found = filled_ends(is_zero.long())
+    return found if found is not None and bool(is_zero[found].all()) else None
