@@ -73,8 +73,8 @@ def moved_axis(before: Sequence[int], after: Sequence[int]) -> int:
 
     >>> moved_axis((7, 16, 32), (7, 4, 16, 8)), moved_axis((7, 16, 32), (7, 16, 4, 8))
     (16, 0)
-    >>> moved_axis((7, 4, 8, 8), (7, 1, 16, 16))
-    4
+    >>> moved_axis((7, 4, 8, 8), (7, 1, 16, 16)), moved_axis((7, 3, 4, 4), (7, 16, 3))
+    (4, 3)
     """
     if len(before) == len(after) == 4 and (between := _between(before, after) or _between(after, before)):
         return between
@@ -83,7 +83,8 @@ def moved_axis(before: Sequence[int], after: Sequence[int]) -> int:
             continue
         once = [n for n in old if old.count(n) == new.count(n) == 1]
         moved = [n for n in once if prod(old[: old.index(n)]) != prod(new[: new.index(n)])]
-        if not moved or {n + 1 for n in old} & set(old):  # (T, T + 1) of a relative shift
+        is_shift = sorted(old) == sorted(new) and bool({n + 1 for n in old} & set(old))  # (T, T + 1) to (T + 1, T)
+        if not moved or is_shift:
             continue
         if len(old) == len(new) == 2 and max(old) % min(old) == 0 and max(old) // min(old) in STACKED:
             continue
