@@ -131,6 +131,14 @@ class Fed:
             return 0
         return len(labels) if isinstance(labels, Tensor) and labels.ndim == 1 else 0
 
+    def has_label_each(self, num: int) -> bool:
+        """Whether the labels of the first batch are so many rows."""
+        try:
+            labels = parts(self.observed.batches[0]).labels
+        except (GramianError, IndexError):
+            return False
+        return isinstance(labels, Tensor) and labels.ndim > 0 and len(labels) == num
+
     @cached_property
     def changes_inputs_first(self) -> bool:
         """Whether the first layer with weights is a norm, or gets other numbers than the batch holds."""

@@ -61,6 +61,8 @@ class Observed:
         broadcast: where a loss took an output and a target of other shapes.
         softmax_over_rows: shape of a matrix that had a softmax over its first dimension outside all modules but the
             whole model.
+        mixture_over_samples: shape of weights that sum to one over its first dimension, of what is summed up over the
+            second.
         bootstrapped: whether a loss compares an output with data plus another one, and both have a gradient.
         canceled: what the loss makes of two equal sides of which no gradient is left: a difference, a quotient, a loss.
         num_taught: how many losses compare probabilities with others of the same parameters that have a gradient.
@@ -132,6 +134,7 @@ class Observed:
     pulls: dict[str, tuple[float, float]] = field(default_factory=dict)
     broadcast: Broadcast | None = None
     softmax_over_rows: torch.Size | None = None
+    mixture_over_samples: torch.Size | None = None
     bootstrapped: bool = False
     canceled: str = ""
     num_taught: int = 0

@@ -17,6 +17,7 @@ from gramian.inspection.passes.elementwise import ElementWise
 from gramian.inspection.passes.gate_functions import ADDITIONS
 from gramian.inspection.passes.gating import Gating
 from gramian.inspection.passes.heads import Heads
+from gramian.inspection.passes.mixtures import Mixtures
 from gramian.inspection.passes.moments import as_moments, version
 from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.records import Activation, Addition, Attention, Reduction, Visible
@@ -72,6 +73,7 @@ class Operations:
         self.seen, self.names, self.read, self.squares, self.live = seen, names, read, squares, live
         self.heads = Heads(seen, names)
         self.over_queries = OverQueries(seen)
+        self.mixtures = Mixtures(seen)
         self.elementwise = ElementWise(names)
         self.gating = Gating(seen, names, read, live=live)
         self.routings = Routings(seen, names)
@@ -86,6 +88,7 @@ class Operations:
         self.routings.clear()
         self.heads.clear()
         self.over_queries.clear()
+        self.mixtures.clear()
         self.elementwise.clear()
         self.made_by.clear()
 
@@ -111,6 +114,7 @@ class Operations:
         if not self.live:
             self.heads.see(func, args, kwargs, given, made)
             self.over_queries.see(name, func, args, kwargs, given, made)
+            self.mixtures.see(func, args, kwargs, given, made)
             self.routings.see(name, order, func, args, kwargs, made)
         self.elementwise.see(self.seen, func, args, given, made)
         self.gating.see(name, order, func, args, kwargs, given, made)
