@@ -360,7 +360,7 @@ class Translator(nn.Module):
         scores = q @ k.transpose(1, 2) / 4
         if hides:
             scores = scores.masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), -1e9)
-        return scores.softmax(dim) @ v
+        return scores.softmax(dim).nan_to_num(0.0) @ v
 
     def forward(self, source: Tensor, given: Tensor) -> Tensor:
         memory, y = self.tables[0](source) + self.places, self.tables[1](given) + self.places
@@ -447,3 +447,21 @@ def test_labels_are_put_in_place_of_the_output_of_their_shape() -> None:
     boxes, scores, labels = torch.zeros(8, 4), torch.zeros(8, 1), torch.zeros(8)
     assert list(peaks._places([boxes, scores], labels)) == [(1, ())]
     assert list(peaks._places([boxes], labels)) == [(0, (c,)) for c in range(4)]
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+@pytest.mark.parametrize(("dim", "found"), [(-1, set()), (0, {"samples-mixed"})])
+def test_the_weights_of_a_mixture(dim: int, found: set[str], is_log: bool) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        scores, means, sizes = model(batch[0]).chunk(3, 1)
+        density = -0.5 * ((batch[1] - means) / sizes.exp()).square() - sizes
+        if is_log:
+            return -(scores.log_softmax(dim) + density).logsumexp(-1).mean()
+        return -(scores.softmax(dim) * density.exp()).sum(-1).log().mean()
+
+    def points(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = torch.rand(32, 1, generator=generator)
+        return x, x + 0.3 * torch.randn(32, 1, generator=generator)
+
+    torch.manual_seed(0)
+    assert codes(nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 9)), of(points), loss) == found

@@ -233,10 +233,28 @@ def sequences(context: Context) -> Iterator[Finding]:
         )
 
 
+def mixtures(context: Context) -> Iterator[Finding]:
+    """Find mixtures whose weights sum to one over the samples in place of the components. Exact."""
+    shape = context.observed.mixture_over_samples
+    if shape is None or not context.has_label_each(shape[0]):
+        return
+    yield Finding(
+        "samples-mixed",
+        "error",
+        "The weights of a mixture are a softmax over the samples, and not over the components",
+        where="loss",
+        evidence=f"of the weights {tuple(shape)}, dimension 0 sums to one, and the sum of what they weigh is over "
+        f"dimension 1; there are {shape[0]} samples (exact)",
+        cause="Samples compete for each component, and the density of none sums to one.",
+        advice="Use dim=-1 in the softmax.",
+    )
+
+
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     log_probabilities,
     dimension,
     one_class,
     probabilities,
     sequences,
+    mixtures,
 )

@@ -118,19 +118,6 @@ def rows(context: Context) -> Iterator[Finding]:
             cause="The scores of each class sum to one over the batch.",
             advice="Use dim=1, or dim=-1.",
         )
-    shape = context.observed.mixture_over_samples
-    if shape is not None and context.has_label_each(shape[0]):
-        yield Finding(
-            "samples-mixed",
-            "error",
-            "The weights of a mixture are a softmax over the samples, and not over the components",
-            where="loss",
-            evidence=f"of the weights {tuple(shape)}, dimension 0 sums to one, and the sum of what they weigh is over "
-            f"dimension 1; there are {shape[0]} samples (exact)",
-            cause="The weights of each component sum to one over the batch: samples compete for it, and the density of "
-            "none sums to one.",
-            advice="Use dim=-1 in the softmax.",
-        )
 
 
 def output_range(context: Context) -> Iterator[Finding]:
