@@ -74,21 +74,21 @@ def non_finite_signal(measured: Measured) -> Iterator[Finding]:
 
 def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
     """Find the depth from which on all samples look the same: little by little, or from one layer to the next."""
-    varying = {s.name: _variation(s.A) for s in _sites(measured) if is_single(s.A) and s.A.count > 1}
+    varying = [(s.name, _variation(s.A)) for s in _sites(measured) if is_single(s.A) and s.A.count > 1]
     # Zeros that leave outputs different, or that a few steps end, are none of the same for all samples.
     nothing = math.inf if measured.varies or measured.waiting or measured.opening else 0.0
-    names = list(varying)
-    same = [n for n, share in varying.items() if (nothing if share is None else share) < VARIATION_FLOOR]
-    lost = [name for name in names[1:] if name in same]
-    if not lost:
+    is_same = [(nothing if share is None else share) < VARIATION_FLOOR for _, share in varying]
+    if True not in is_same[1:]:
         return
-    given = [n for n in same if n == names[0] or n.rpartition(".")[0] in measured.takes_data]
-    reaches_head = lost[-1] == names[-1]
+    start = is_same.index(True, 1)
+    same = [name for (name, _), it_is in zip(varying, is_same, strict=True) if it_is]
+    lost = same[is_same[0] :]
+    given = [n for n in same if n == varying[0][0] or n.rpartition(".")[0] in measured.takes_data]
+    reaches_head = lost[-1] == varying[-1][0]
     is_given = bool(given) and not reaches_head
-    before = names[names.index(lost[0]) - 1]
-    share = varying[before] or 0.0
+    before, share = varying[start - 1][0], varying[start - 1][1] or 0.0
     place = None if is_given or share < ORDINARY else _first_same(measured, before, lost[0])
-    zero = varying[lost[0]] is None
+    zero = varying[start][1] is None
     if place is None and zero:
         return
     evidence = (
@@ -107,7 +107,7 @@ def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
         f"From layer {lost[0]} on, all samples look the same"
         if reaches_head
         else f"{len(lost)} layers get inputs that are the same for all samples",
-        where=place.removeprefix("in ") if place else (f"{lost[0]} … {lost[-1]}" if len(lost) > 1 else lost[0]),
+        where=place[0] if place else (f"{lost[0]} … {lost[-1]}" if len(lost) > 1 else lost[0]),
         evidence=evidence,
         cause=f"They depend on what {given[0]} takes of the data, which is the same for all samples."
         if is_given
@@ -118,27 +118,32 @@ def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
         action=None if is_given or place else ISOMETRIC,
         advice=f"Look at what enters {given[0]}."
         if is_given
-        else f"Look at what is computed {place}."
+        else f"Look at what is computed {place[1]}."
         if place
         else "",
         source="" if is_given or place else "Schoenholz et al. 1611.01232, §3",
     )
 
 
-def _first_same(measured: Measured, before: str, behind: str) -> str | None:
-    """Where the differences between samples end between two layers; `None` where the first layer's matrix ends them."""
+def _first_same(measured: Measured, before: str, behind: str) -> tuple[str, str] | None:
+    """Where the differences between samples end between two layers, as a name and in words.
+
+    `None` where the first layer's matrix ends them.
+    """
     first, last = (name.partition("[")[0].rpartition(".")[0] for name in (before, behind))
     called = [place.name for place in measured.places]
     if first in called and last not in called and last.startswith(f"{first}."):
-        return f"in {first}"  # attention, which calls no module for its last matrix
+        return first, f"in module '{first}'"  # attention, which calls no module for its last matrix
     if first not in called or last not in called[called.index(first) :]:
-        return f"between {before} and {behind}"
+        between = f"between {before} and {behind}"
+        return between, between
     start = called.index(first)
-    between = measured.places[start : called.index(last, start)]
-    ending = next((p for p in between if (p.variation or 0.0) < math.sqrt(VARIATION_FLOOR)), None)
+    crossed = measured.places[start : called.index(last, start)]
+    ending = next((p for p in crossed if (p.variation or 0.0) < math.sqrt(VARIATION_FLOOR)), None)
     if ending is None:
-        return f"between {between[-1].name} and {last}"
-    return None if ending.name == first else f"in {ending.name}"
+        between = f"between {crossed[-1].name} and {last}"
+        return between, between
+    return None if ending.name == first else (ending.name, f"in module '{ending.name}' ({ending.kind})")
 
 
 def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
