@@ -1,11 +1,11 @@
 """`Muon` where nobody tunes: perceptrons on tables, at the usual rate, beside AdamW at 1e-3.
 
-    OMP_NUM_THREADS=1 python benchmarks/tables.py development|held-out FILE [RATE …]
+    OMP_NUM_THREADS=1 python benchmarks/tables.py development|held-out FILE [SEED …]
 
 Each case is a table, a network, a size of batches, a number of steps and a schedule; its number is the mean over three
 seeds of the held-out squared error, as a share of the variance, or of the held-out cross-entropy. Columns are
-standardized by the training half. Beside the two defaults run the rate that `gm.suggest_lr` finds, and `Muon` at
-multiples RATE of its usual rate, AdamW's rates in proportion.
+standardized by the training part. Beside the two defaults run `Muon` without fading, and the rate that `gm.suggest_lr`
+finds.
 
 The held-out cases were written before one of the development cases had been run, from other data and makers.
 """
@@ -86,8 +86,7 @@ def crossed() -> Columns:
     return x, place % 4
 
 
-Make = Callable[[], Columns]
-TABLES: dict[str, Make] = {
+TABLES: dict[str, Callable[[], Columns]] = {
     "teacher": teacher,
     "steps": steps,
     "friedman1": lambda: datasets.make_friedman1(2500, noise=0.5, random_state=0),
@@ -218,10 +217,10 @@ def scheduler(case: Case, optimizer: torch.optim.Optimizer) -> torch.optim.lr_sc
     return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, case.steps)
 
 
-Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
+Make = Callable[[nn.Module, Case, int], torch.optim.Optimizer]
 
 
-def run(case: Case, make: Callable[[nn.Module, Case, int], torch.optim.Optimizer], seed: int) -> float:
+def run(case: Case, make: Make, seed: int) -> float:
     """The held-out number after a run."""
     model = network(case, seed)
     optimizer = make(model, case, seed)
@@ -251,35 +250,30 @@ def suggested(model: nn.Module, case: Case, seed: int) -> torch.optim.Optimizer:
     return gm.optim.Muon(model, lr=lr)
 
 
-def makers(rates: list[float]) -> dict[str, Callable[[nn.Module, Case, int], torch.optim.Optimizer]]:
-    """What races."""
+def steady(model: nn.Module, case: Case, seed: int) -> torch.optim.Optimizer:
+    """`Muon` at its usual rate, which does not fade."""
+    optimizer = gm.optim.Muon(model)
+    for group in optimizer.param_groups:
+        group["fades"] = False
+    return optimizer
 
-    def times(share: float) -> Callable[[nn.Module, Case, int], torch.optim.Optimizer]:
-        def make(model: nn.Module, case: Case, seed: int) -> torch.optim.Optimizer:
-            optimizer = gm.optim.Muon(model)
-            for group in optimizer.param_groups:
-                group["lr"] *= share  # so that AdamW's rates follow
-            return optimizer
 
-        return make
-
-    return {
-        "AdamW 1e-3": lambda model, case, seed: torch.optim.AdamW(model.parameters(), 1e-3),
-        "Muon": lambda model, case, seed: gm.optim.Muon(model),
-        "Muon, suggest_lr": suggested,
-        **{f"Muon × {share:g}": times(share) for share in rates},
-    }
+MAKERS: dict[str, Make] = {
+    "AdamW 1e-3": lambda model, case, seed: torch.optim.AdamW(model.parameters(), 1e-3),
+    "Muon": lambda model, case, seed: gm.optim.Muon(model),
+    "Muon, no fading": steady,
+    "Muon, suggest_lr": suggested,
+}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", GramianWarning)
-    half, path, shares = sys.argv[1], Path(sys.argv[2]), [float(word) for word in sys.argv[3:]]
+    half, path, seeds = sys.argv[1], Path(sys.argv[2]), [int(word) for word in sys.argv[3:]] or SEEDS
     found = json.loads(path.read_text()) if path.exists() else {}
-    for one in CASES[half]:
-        rows = found.setdefault(str(one), {})
-        for name, maker in makers(shares).items():
-            if name not in rows:
-                rows[name] = [run(one, maker, seed) for seed in SEEDS]
-        print(one, *(f"{name} {fmean(numbers):.4g}" for name, numbers in rows.items()), sep="; ", flush=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+    for name, maker in MAKERS.items():
+        for one in CASES[half]:
+            numbers = found.setdefault(str(one), {}).setdefault(name, {})
+            numbers |= {str(seed): run(one, maker, seed) for seed in seeds if str(seed) not in numbers}
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            print(name, one, f"{fmean(numbers.values()):.4g}", sep="; ", flush=True)
