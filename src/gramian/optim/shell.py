@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.optim.flags import Flags
-from gramian.optim.guard import is_ordinary, limit_
+from gramian.optim.guard import is_ordinary, limit_, vanished
 from gramian.optim.health import Row, measure
 from gramian.optim.parameters import check_not_replaced, check_step
 from gramian.optim.plan import Plan
@@ -230,8 +230,9 @@ class MatrixOptimizer(Saved):
         if group["refresh"] > 1:
             stack.fresh.clear()
         factors = self._scales(stack, group) * -lr_now(group)
-        if bad is not None:
-            factors.mul_(alive)
+        for share in (None if bad is None else alive, vanished(stack.state)):
+            if share is not None:
+                factors.mul_(share)
         # In place where the direction is new: another tensor of that size costs more than the product.
         if direction is g:
             return g.mul_(factors)
