@@ -7,8 +7,8 @@ Where all gradients have become larger for good, they prevail in the momentum af
 counts for ten times the old ones.
 
 The other end: a direction is as long for a gradient that has vanished, since the training data are fitted, as for any
-other, and would lead the weights away at full speed. So a step is shorter where the usual size is less than a hundredth of
-the largest that it had, which is forgotten by 2 % a step.
+other, and would lead the weights away at full speed. So a step is shorter where the usual size is less than a hundredth
+of the largest that it had, which is forgotten by 2 % a step.
 
 AdamW's second moments, which step what is no hidden matrix, would keep the square of such a gradient for longer still.
 """
@@ -54,10 +54,11 @@ def vanished(state: State) -> Tensor | None:
     """
     usual, most = state["usual"], state["most"]
     torch.maximum(most.mul_(FORGET), usual, out=most)
-    share = usual / most
-    if usual.is_cpu and not any(value < LITTLE for value in share.view(-1).tolist()):
+    if usual.is_cpu and all(
+        now >= LITTLE * top for ((now,),), ((top,),) in zip(usual.tolist(), most.tolist(), strict=True)
+    ):
         return None
-    return share.div_(LITTLE).nan_to_num_(1.0).clamp_max_(1.0)  # NaN before the first gradient
+    return usual.div(LITTLE * most).nan_to_num_(1.0).clamp_max_(1.0)  # NaN before the first gradient
 
 
 def is_ordinary(g: Tensor, state: State) -> bool:
