@@ -27,7 +27,7 @@ from gramian.inspection.causes import (
     stepping,
 )
 from gramian.inspection.comparing import comparison
-from gramian.inspection.live import look, loop, skips
+from gramian.inspection.live import clipping, forgetting, look, loop, skips
 from gramian.inspection.passes import origin
 from gramian.inspection.weights import rules as weight_rules
 
@@ -97,7 +97,7 @@ def test_the_codes_of_a_watch_are_those_of_its_rules() -> None:
     inside = (*files, reach.numbers, reach.unreached, reach.shared, precision.gradient_overflow, loss.non_finite)
     words = {
         node.value
-        for part in (*inside, skips, loop, origin)
+        for part in (*inside, clipping, forgetting, skips, loop, origin)
         for node in ast.walk(ast.parse(python.getsource(part)))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,44 @@ def test_gradients_that_an_optimizer_of_another_model_does_not_zero_are_not_told
             optimizer.step()
             optimizer.zero_grad()
     assert [f.code for f in watching.findings] == ["parameter-not-stepped"]
+
+
+@pytest.mark.parametrize("fault", ["a copy is called", "the state is cleared", "neither", "cleared once"])
+def test_what_a_loop_calls_and_keeps(fault: str) -> None:
+    """The optimizer's state may be cleared once."""
+    model, data = net(), torch.randn(8, 32, 8, generator=torch.Generator().manual_seed(0))
+    called = copy.deepcopy(model) if fault == "a copy is called" else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with gm.watch(model, optimizer, every=3, share=None) as watching:
+        for step in range(20):
+            x = data[step % 8]
+            optimizer.zero_grad()
+            F.cross_entropy(called(x), (x[:, 0] > 0).long()).backward()
+            optimizer.step()
+            if fault == "the state is cleared" or (fault == "cleared once" and step == 9):
+                optimizer.state.clear()
+    code = {"a copy is called": "graph-cut", "the state is cleared": "state-lost"}
+    assert [f.code for f in watching.findings] == ([code[fault]] if fault in code else [])
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("is_unscaled", [False, True])
+def test_clipping_before_the_loss_scale_is_taken_out(is_unscaled: bool, narrow: bool) -> None:
+    model, x = net(), torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.05), torch.amp.GradScaler("cpu")
+    with gm.watch(model, optimizer, every=3, share=None) as watching:
+        for _ in range(20):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+                loss = F.cross_entropy(model(x).float(), (x[:, 0] > 0).long())
+            scaler.scale(loss).backward()
+            if is_unscaled:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+    clipped = [f for f in watching.findings if f.code == "gradient-clipped"]
+    assert [("unscale_" in f.remedy) for f in clipped] == ([] if is_unscaled else [True])
 
 
 @pytest.mark.parametrize("kind", ["norm", "dropout", "neither"])

@@ -52,7 +52,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "samples-mixed",
         "target-leak",
     ),
-    ("gradient-kept", "gradient-dropped", "gradient-clipped", "rate-grows", "rate-vanished"),
+    ("gradient-kept", "gradient-dropped", "gradient-clipped", "state-lost", "rate-grows", "rate-vanished"),
     ("input-dominated", "input-offset", "input-scale", "labels-scale"),
     ("loss-summed",),
     ("parameter-not-stepped", "parameter-float16", "weight-decay-too-large", "momentum-too-high"),

@@ -23,9 +23,10 @@ from gramian.inspection.causes.reach import numbers, shared, unreached
 from gramian.inspection.causes.stepping import RULES as STEPPING
 from gramian.inspection.causes.stepping import SLOW
 from gramian.inspection.experiments.stepping import Steps
+from gramian.inspection.live.clipping import LASTING
 from gramian.inspection.live.driven import SWOLLEN, Driven
 from gramian.inspection.live.gradients import norms, sampled
-from gramian.inspection.live.loop import LASTING, Loop
+from gramian.inspection.live.loop import Loop
 from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.signal import in_words
 from gramian.report import Finding
@@ -44,6 +45,7 @@ CODES = frozenset((
     "norm-few-values", "norm-statistics", "norm-evaluation-mode", "modes-disagree", "parameter-not-stepped",
     "gradient-kept", "gradient-dropped", "gradient-clipped", "parameter-frozen", "rate-grows", "rate-vanished",
     "momentum-too-high", "weight-decay-too-large", "rate-too-high", "rate-too-low", "loss-maximized",
+    "state-lost",
 ))  # fmt: skip
 """Codes of all findings that a watch can make."""
 
@@ -140,7 +142,7 @@ class Looker:
         """Leaves out what is meant where it does no harm, as clipping and a test of rates are."""
         codes = {f.code for f in found}
         is_slow = "rate-too-low" in codes or (
-            self.loop.clipped >= LASTING and bool(changes) and median(changes.values()) < SLOW
+            self.loop.clipping.count >= LASTING and bool(changes) and median(changes.values()) < SLOW
         )
         growth = [size / self._first[n] for n, size in sizes.items() if self._first.get(n)]
         errors = {f.code for f in found if f.severity == "error"}

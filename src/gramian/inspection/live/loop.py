@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gramian.errors import some
+from gramian.inspection.live.clipping import Clipping
 from gramian.inspection.live.gradients import norms
 from gramian.inspection.passes.observed import Observed
 from gramian.report import Finding
@@ -20,23 +21,14 @@ __all__ = ["Loop"]
 # Looks from which on a parameter counts as unused that had no gradient at any step since the first: fewer may be steps
 # in which a layer is dropped at random.
 LOOKS = 4
-# A gradient is clipped that the step gets at most at this share of what the backward pass gave, the same for two
-# parameters up to rounding.
-CLIPPED, ALIKE = 0.1, 1e-2
 # A rate has grown that is so many times the largest that its schedule starts from; and has vanished that is this share
 # of the largest for this share of all steps. A cosine is below it in the last 0.6 %.
 GROWN, VANISHED, LONG = 30.0, 1e-4, 0.1
-# Looks in a row at which a gradient is clipped, from which on that is no spike.
-LASTING = 3
 # Parameters are frozen too early that have this share of all values, where a step still changed a matrix by this much
 # of its size: AdamW's first steps at 1e-3 make 0.02, a fine-tune's 1e-4.
 MANY, LEARNING = 0.1, 1e-3
 # Names that a finding spells out.
 SHOWN = 6
-
-
-# Sizes of gradients, in ε of Adam, from which on a common factor of theirs does not matter.
-FAR_FROM_EPS = 10.0
 
 
 class Loop:
@@ -57,18 +49,21 @@ class Loop:
         self._largest = [_base(group) for group in self._groups]
         self._vanished: list[int | None] = [None] * len(self._groups)
         self.changes: dict[str, float] = {}  # ‖ΔW‖_F / ‖W‖_F of each matrix, when it was last looked at
-        self.is_narrow = False
-        self.clipped = 0  # looks in a row
+        self.clipping = Clipping()
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups if self.optimizer is not None else []
 
+    def _moved(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer has: of others, it zeroes no gradient."""
+        moved = {id(p) for group in self._groups for p in group["params"]}
+        return [p for p in self.parameters.values() if id(p) in moved]
+
     def follow(self) -> None:
         """Sees the gradients that arrive until the step; nothing is done to them."""
         if not self._handles and self.optimizer is not None:
-            moved = {id(p) for group in self._groups for p in group["params"]}
-            ends = [p for p in self.parameters.values() if id(p) in moved]  # of others, it zeroes no gradient
+            ends = self._moved()
             self._ends = [*{id(p): p for p in (*ends[:1], *ends[-1:])}.values()]
             self._handles = [p.register_hook(self._hook(p)) for p in self._ends if p.requires_grad]
 
@@ -101,8 +96,7 @@ class Loop:
             step: the number of steps that were taken before.
             scaled: whether the gradients are those of a loss times a scale, as they may be in float16 anyway.
         """
-        self.is_narrow |= seen.is_narrow
-        clipped, self.clipped = self.clipped, 0
+        self.clipping.is_narrow |= seen.is_narrow
         found = [
             *self._frozen(seen),
             *self._gradients(seen, step, scaled=scaled),
@@ -110,15 +104,27 @@ class Loop:
             *self.grown(step),
             *self._fallen(step),
         ]
-        if any(f.code == "gradient-clipped" for f in found):
-            self.clipped = clipped + 1
         self._forgive(seen)
         self.close()
         return found
 
     def _unlinked(self, passes: int, step: int) -> Iterator[Finding]:
         """The finding that no parameter had a gradient at any step, nor got one in this."""
-        if passes and step + 1 >= LOOKS and self._handles and not self._arrived and self._pending == self.parameters:
+        if step + 1 < LOOKS or not self._moved() or self._arrived or self._pending != self.parameters:
+            return
+        if not passes:
+            yield Finding(
+                "graph-cut",
+                "error",
+                "No gradient arrives at any parameter, and no forward pass of this model was seen",
+                where="loss",
+                evidence=f"{len(self._pending)} of {len(self.parameters)} parameters had no gradient at any of the "
+                f"{step + 1} steps so far (exact)",
+                cause="The loop calls another object, such as a copy of the model, and the optimizer steps the "
+                "parameters of this one.",
+                advice="Call the model whose parameters the optimizer has, or make the optimizer for the one called.",
+            )
+        elif self._handles:
             yield Finding(
                 "graph-cut",
                 "error",
@@ -160,33 +166,11 @@ class Loop:
                 advice="Call optimizer.zero_grad() after each step.",
             )
             return
+        sizes = {n: g for n, g in seen.gradients.items() if g}
+        size = math.hypot(*[g * math.sqrt(self.parameters[n].numel()) for n, g in sizes.items()])
         shares = [given[i] / all_of[0][0] for i, all_of in self._arrived.items() if len(all_of) == 1 and all_of[0][0]]
-        if not (scaled or self.is_narrow) and len(shares) == len(self._arrived) > 1 and 0.0 < max(shares) <= CLIPPED:
-            share = max(shares)
-            if min(shares) >= (1 - ALIKE) * share and not self._divides(seen):
-                size = math.hypot(*[g * math.sqrt(self.parameters[n].numel()) for n, g in seen.gradients.items() if g])
-                yield Finding(
-                    "gradient-clipped",
-                    "warning",
-                    f"Clipping leaves {share:.1e} of the gradient",
-                    where="optimizer",
-                    evidence=f"the step gets a gradient of norm {size:.1e}, and the backward pass made one of "
-                    f"{size / share:.1e} (step {step + 1})",
-                    cause="The largest norm that clipping lets pass is far below that of usual gradients, and "
-                    + (
-                        "what is left is near Adam's ε, which then divides the step."
-                        if any("betas" in group for group in self._groups)
-                        else "the step is as much smaller."
-                    ),
-                    advice=f"Clip at about {size / share:.1g}, or do not clip.",
-                )
-
-    def _divides(self, seen: Observed) -> bool:
-        """Whether the optimizer divides gradients by their size, as Adam does far from its ε: clipping is no harm."""
-        largest = max((g for g in seen.gradients.values() if g), default=0.0)
-        return bool(self._groups) and all(
-            "betas" in group and largest > FAR_FROM_EPS * float(group.get("eps", 0.0) or 0.0) for group in self._groups
-        )
+        known = shares if len(shares) == len(self._arrived) else []
+        yield from self.clipping.judge(size, known, self._groups, sizes.values(), step, scaled=scaled)
 
     def _frozen(self, seen: Observed) -> Iterator[Finding]:
         names = [n for n, p in self.parameters.items() if not p.requires_grad]

@@ -13,6 +13,7 @@ from gramian.batch import tensors
 from gramian.calls import wrappings
 from gramian.errors import FindingError, GramianWarning, InputError, some
 from gramian.inspection.live.closure import before_moving
+from gramian.inspection.live.forgetting import Forgetting
 from gramian.inspection.live.forward import Forward
 from gramian.inspection.live.gradients import all_finite
 from gramian.inspection.live.log import Teller
@@ -97,6 +98,7 @@ class Watch:
         self._trained = [*self._parameters.values()]
         self._looker = Looker(self._root, self._parameters, optimizer)
         self._skips = Skips(self._trained if optimizer is not None else [])
+        self._forgetting = Forgetting(optimizer)
         self._is_lost = self._is_skipped = self._is_stopped = self._has_trained = False
         self._seen: Observed | None = None  # what a look, full or brief, judges at this step
         self._meant: Exception | None = None  # an error that is to reach the user's loop
@@ -256,6 +258,8 @@ class Watch:
             return
         self._is_lost = False
         self._looker.loop.note()
+        if forgotten := self._forgetting.before_step(self.step):
+            self._tell(forgotten)
         if self._schedule.is_due:
             self._forward.look_again()
             self._forward.seen = self._forward.seen or Observed()
@@ -275,6 +279,7 @@ class Watch:
             self._schedule.drop()
             return
         self._skips.stepped()
+        self._forgetting.after_step()
         (seen, self._seen), forward, is_due = (self._seen, None), self._forward, self._schedule.is_due
         in_evaluation = forward.evaluations > 0 and not forward.passes
         if in_evaluation and (self._has_trained or seen is not None):
