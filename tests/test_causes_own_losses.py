@@ -101,6 +101,7 @@ OF_TWO: dict[str, tuple[Loss, str]] = {
     "swapped": (lambda m, b: binary(m(b[0]).sigmoid(), 1 - b[1]), "loss-reversed"),
     "missing": (lambda m, b: -(b[1] * m(b[0]).sigmoid().log()).mean(), "loss-term-missing"),
     "narrow clamp": (lambda m, b: binary(m(b[0]).sigmoid().clamp(0.4, 0.6), b[1]), "loss-flat"),
+    "dice, one plus": (lambda m, b: 1 + dice(m(b[0]).sigmoid(), b[1]), "loss-reversed"),
     "dice, sign": (lambda m, b: dice(m(b[0]).sigmoid(), b[1]) + binary(m(b[0]).sigmoid(), b[1]), "loss-reversed"),
 }
 
@@ -110,6 +111,41 @@ def test_two_values_by_hand(name: str) -> None:
     loss, code = OF_TWO[name]
     found = codes(net(8, 1), of(two), loss)
     assert found == ({code} if code else set())
+
+
+def overlap(scores: Tensor, y: Tensor) -> Tensor:
+    p, t = scores.softmax(1), F.one_hot(y, 3).movedim(-1, 1)
+    return ((2 * (p * t).sum((2, 3)) + 1) / ((p + t).sum((2, 3)) + 1)).mean()
+
+
+def unlikely(scores: Tensor, y: Tensor) -> Tensor:
+    return -(1 - scores.softmax(1).gather(1, y[:, None]) + 1e-6).log().mean()
+
+
+OF_MASKS: dict[str, tuple[Loss, str]] = {
+    "one minus": (lambda m, b: 1 - overlap(m(b[0]), b[1]), ""),
+    "minus": (lambda m, b: -overlap(m(b[0]), b[1]), ""),
+    "sign": (lambda m, b: overlap(m(b[0]), b[1]), "loss-reversed"),
+    "one plus": (lambda m, b: 1 + overlap(m(b[0]), b[1]), "loss-reversed"),
+    "beside": (lambda m, b: F.cross_entropy(o := m(b[0]), b[1]) + overlap(o, b[1]), "loss-reversed"),
+    "energies": (lambda m, b: F.cross_entropy(-m(b[0]), b[1]), ""),
+    "bounded energies": (lambda m, b: 1 - (-m(b[0])).softmax(1).gather(1, b[1][:, None]).mean(), ""),
+    "complements": (lambda m, b: unlikely(m(b[0]), b[1]), ""),
+}
+
+
+@pytest.mark.parametrize("name", OF_MASKS)
+def test_overlaps_by_hand(name: str) -> None:
+    loss, code = OF_MASKS[name]
+
+    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = torch.randn(8, 3, 6, 6, generator=generator)
+        return x, (x[:, 0] > 0).long() + (x[:, 1] > 0.3).long()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    found = codes(model, of(batch), loss)
+    assert ("loss-reversed" in found) is (code == "loss-reversed")
 
 
 def numbers(generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ from gramian.compression import compress
 from gramian.compression.budget.filling import Candidates, fill, uniform
 from gramian.compression.budget.points import Point, measured_points
 from gramian.compression.budget.predicting import predict
-from gramian.compression.calibration.calibrating import Measure, calibrate, redrawn
+from gramian.compression.calibration.calibrating import calibrate, redrawn
+from gramian.compression.calibration.measure import Measure
 from gramian.compression.calibration.reading import hashes
 from gramian.compression.calibration.shrinkage import roots, shrunk
 from gramian.errors import GramianWarning, InputError

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.compression.choosing.clock import ENOUGH, FEWEST, Race, fused_kernels, race
 from gramian.compression.choosing.speeds import Speeds
-from gramian.report.compression import Ratio
+from gramian.report.contenders import Ratio
 
 
 def call(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

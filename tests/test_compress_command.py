@@ -14,12 +14,14 @@ import gramian as gm
 from gramian.cli import main
 from gramian.compression.choosing import searching, speeds
 from gramian.compression.choosing.clock import Race, race
-from gramian.compression.choosing.deciding import Target, decide
+from gramian.compression.choosing.deciding import decide
 from gramian.compression.choosing.measuring import in_bfloat16, in_int8, num_bytes
+from gramian.compression.choosing.target import Target
 from gramian.compression.layers.quantized import Quantized
 from gramian.errors import InputError
 from gramian.report import to_text
-from gramian.report.compression import Contender, Outcome, Ratio
+from gramian.report.compression import Outcome
+from gramian.report.contenders import Contender, Ratio
 from zoo import ZOO
 
 TASK = """
@@ -494,8 +496,23 @@ ADVICE = {
 def test_where_speed_is_asked_an_alternative_need_not_be_smaller() -> None:
     large = other("bfloat16", 2500, 0.9)
     assert outcome(DENSE, SMALL, large).advice == ""
-    fast = dataclasses.replace(outcome(DENSE, SMALL, large), for_speed=True)
+    fast = dataclasses.replace(outcome(DENSE, SMALL, large), speedup=1.2)
     assert fast.advice == "use bfloat16 instead: no worse and no slower"
+
+
+def test_the_sign_before_a_verdict_is_of_what_was_asked() -> None:
+    """A form that serves better, or a note, is told beside a target that is met, and is no warning."""
+    better = outcome(DENSE, SMALL, other("bfloat16", 2000, 0.9))
+    cases = [
+        (better, "warning"),
+        (outcome(DENSE, SMALL), "good"),
+        (dataclasses.replace(outcome(DENSE, SMALL), notes=("few samples",)), "warning"),
+        (dataclasses.replace(better, max_drop=0.03, notes=("few samples",)), "good"),
+        (dataclasses.replace(better, max_drop=0.01), "warning"),
+        (dataclasses.replace(better, speedup=1.04), "good"),
+        (dataclasses.replace(better, speedup=1.2), "warning"),
+    ]
+    assert [found.to_document(plots=False).status for found, _ in cases] == [wanted for _, wanted in cases]
 
 
 def test_the_chosen_point_is_the_model_that_is_delivered() -> None:

@@ -48,7 +48,9 @@ def told(plan: Any) -> dict[str, Any]:
     return {
         "sizes": [getattr(part, "ranks", None) or part.kept for part in parts],
         "predicted": [tuple(part.predicted) for part in parts],
-        "points": [tuple(value for value in point if value is not None) for point in plan.points],
+        "points": [
+            (*(value for value in point[:-1] if value is not None), *(point.kept or ())) for point in plan.points
+        ],
         "notes": plan.notes,
         "reasons": plan.reasons,
         "weights": [p.detach() for p in parts[0].apply().parameters()],

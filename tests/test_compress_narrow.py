@@ -13,6 +13,7 @@ import gramian as gm
 from gramian.bench.learning_networks import Transformer
 from gramian.compression.calibration.shrinkage import Roots
 from gramian.compression.calibration.weighting import Weighting
+from gramian.compression.units.cutting import compensate_
 from gramian.compression.units.elimination import eliminated
 from gramian.errors import CheckpointError, InputError
 from test_compress_calibration import inputs, network
@@ -83,6 +84,51 @@ def test_channels_of_a_sum_stay() -> None:
     ) * 3
     assert small.norm.running_var.shape == small.one.bias.shape
     assert small(x).shape == (64, 4)
+
+
+def normalized(groups: int, width: int = 24, **kind) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(groups, 16, **kind), nn.ReLU(),
+        nn.Conv2d(16, width, 3, stride=2), nn.GroupNorm(groups, width), nn.SiLU(),
+        nn.Flatten(), nn.Linear(4 * width, 5),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_groups_of_a_norm_go_whole(affine: bool) -> None:
+    """The oracle: the model in which the columns that go are zero, and every norm has all of its channels."""
+    torch.manual_seed(0)
+    model, x = normalized(8, affine=affine), torch.randn(64, 3, 6, 6)
+    plan = gm.narrow(model, list(x.split(8)), DISTILL)
+    part = plan.at(keep=0.4)
+    small, masked = part.apply(), copy.deepcopy(model)
+    for layer in plan.layers:
+        compensate_(masked, layer.spectrum, part.kept[layer.units.name] * layer.columns)
+    assert [layer.units.num for layer in plan.layers] == [8, 8]
+    assert [small[i].num_groups for i in (1, 4)] == list(part.kept.values())
+    assert sum(p.numel() for p in small.parameters()) == part.parameters <= 0.4 * plan.parameters_dense
+    torch.testing.assert_close(small(x), masked(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_with_an_activation_in_it_goes_too() -> None:
+    class Active(nn.BatchNorm2d):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.act = nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(super().forward(x))
+
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), Active(16), nn.Conv2d(16, 4, 3)).eval()
+    plan = gm.narrow(net, list(torch.randn(32, 3, 6, 6).split(8)), DISTILL)
+    small = plan.at(keep=0.5).apply()
+    assert small[1].num_features == plan.at(keep=0.5).kept["2"] < 16
+
+
+def test_a_norm_of_all_channels_together_is_named() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(InputError, match=r"3: 1 \(GroupNorm\) before it normalizes all its inputs together"):
+        gm.narrow(normalized(1), list(torch.randn(32, 3, 6, 6).split(8)), DISTILL)
 
 
 def convolutions() -> nn.Module:
@@ -179,7 +225,7 @@ def test_what_cannot_be_narrowed_is_refused_with_the_reason() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.two(torch.relu(self.one(x)) * torch.arange(16.0).view(16))
 
-    with pytest.raises(InputError, match="its code fixes their number, or joins them"):
+    with pytest.raises(InputError, match=r"the model fails \(The size of tensor.*: code fixes their number"):
         gm.narrow(Fixed(), batches=batches, objective=DISTILL)
 
 
@@ -193,7 +239,7 @@ def test_a_skip_that_is_concatenated_is_refused_with_that_reason() -> None:
             a = torch.relu(self.one(x))
             return self.out(torch.cat([torch.relu(self.two(a)), a], 1))
 
-    with pytest.raises(InputError, match=r"out: with fewer inputs .*joins them with other ones"):
+    with pytest.raises(InputError, match=r"out: with fewer inputs .* out fails .*joined with \(torch.cat\) other ones"):
         gm.narrow(Skip(), batches=list(torch.randn(64, 8).split(16)), objective=DISTILL)
 
 
@@ -256,7 +302,7 @@ def test_units_of_a_layer_with_two_ways_to_it_stay() -> None:
     x = inputs(64, 0).abs()
     plan = gm.narrow(Branches(), [x, -x, x], DISTILL)
     assert plan.kept == {"head": 24}
-    assert "computes something else" in plan.reasons["last"]
+    assert "last fails" in plan.reasons["last"]
     small = plan.at(keep=0.8).apply()
     assert small(x).isfinite().all()
     assert small(-x).isfinite().all()
@@ -300,6 +346,17 @@ def test_a_parametrized_convolution_is_left_whole():
 
     torch.manual_seed(0)
     batches = [(torch.randn(32, 4, 6), torch.randint(3, (32,))) for _ in range(2)]
-    small = gm.narrow(Net().eval(), batches, gm.Objective.classification()).at(keep=0.7).apply()
+    plan = gm.narrow(Net().eval(), batches, gm.Objective.classification())
+    assert "computed by a parametrization" in plan.reasons["shared"]
+    small = plan.at(keep=0.7).apply()
     assert small.up.out_features < 16
     assert small.shared.weight.shape == (8, 4, 3)
+
+
+def test_a_kernel_with_tensors_of_other_sizes_beside_it_is_left_whole():
+    torch.manual_seed(0)
+    normed = nn.utils.spectral_norm(nn.Conv2d(8, 8, 3, groups=8))  # its u has 8 numbers, and its v nine
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), normed, nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    plan = gm.narrow(net, list(torch.randn(16, 3, 6, 6).split(4)), DISTILL)
+    assert list(plan.kept) == ["4"]
+    assert "1 fails" in plan.reasons["2"]

@@ -32,10 +32,6 @@ def put(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
     return folder / "model.safetensors"
 
 
-def notes_of(path: Path) -> str:
-    return " ".join(gm.inspect(path).notes)
-
-
 # ---- weight norm and spectral norm ---------------------------------------------------------------------------------
 
 LAYERS = {

@@ -189,7 +189,7 @@ def test_the_first_step_has_the_gradients_of_the_watched_one(norm: nn.Module, is
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
     objective = gm.Objective.classification()
     alone = take_steps(model, optimizer, batches, objective)
-    observed = observe(model, batches, objective, keeps_gradients=True)
+    observed = observe(model, batches, objective, num_steps=3)
     assert (observed.first_step is not None) is is_kept
     calls: list[int] = []
     counted = gm.Objective(lambda m, b: calls.append(1) or m(b[0]), objective.criterion)

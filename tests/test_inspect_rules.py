@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gramian.inspection import rules
+from gramian.inspection import across_depth, rules
 from gramian.inspection.causes import (
     data,
     folding,
@@ -31,7 +31,7 @@ from gramian.inspection.live import clipping, forgetting, look, loop, skips
 from gramian.inspection.passes import origin
 from gramian.inspection.weights import rules as weight_rules
 
-MODULES = (rules, weight_rules, comparison)
+MODULES = (rules, across_depth, weight_rules, comparison)
 CAUSES = (inputs, data, loss, probed, freezing, masks, modules, parameters, reach, stepping)
 FINDINGS = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
 
@@ -74,7 +74,7 @@ def test_an_error_or_warning_says_what_to_do(call: ast.Call) -> None:
         assert {keyword.arg for keyword in call.keywords} & {"action", "advice"}
 
 
-@pytest.mark.parametrize("module", [rules, weight_rules])
+@pytest.mark.parametrize("module", [rules, across_depth, weight_rules])
 def test_every_rule_is_in_the_table(module) -> None:
     functions = [f for f in vars(module).values() if python.isgeneratorfunction(f) and f.__module__ == module.__name__]
     assert {f.__name__ for f in functions} <= {rule.__name__ for rule in rules.RULES}

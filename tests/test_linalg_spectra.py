@@ -159,7 +159,13 @@ def test_spectral_radius_is_within_its_bound(dtype):
         exact = exact if exact > size * mpmath.mpf(10) ** -12 else None
         if exact is not None:
             assert off(value, exact) <= certificate.error_bound.item() * (1 + 1e-12)
+    assert gl.spectral_radius(jordan) == 1
     assert gl.spectral_radius(cases[1]) == 0  # nilpotent
+    # Of one in another basis the value is LAPACK's where nothing is proven.
+    turn = torch.linalg.qr(random.normal(4, 4, generator=seeded(3), dtype=dtype)).Q
+    value, certificate = gl.spectral_radius_ex(turn @ jordan @ turn.mT, method="gelfand")
+    assert not certificate.converged
+    assert value == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 7, 1000, 10**6, -1, -5, -(10**6)])

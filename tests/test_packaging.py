@@ -32,6 +32,26 @@ def test_what_needs_no_torch_does_not_import_it(code: str) -> None:
     assert done.stdout.splitlines()[-1] == "False False"
 
 
+LIBRARIES = {"transformers", "accelerate", "lightning", "tensorboard", "wandb", "mlflow", "peft"}
+UNWANTED = {
+    "gramian.linalg, gramian.random": {"numpy", "scipy", "matplotlib", "mpmath"},
+    "gramian.checkpoint": {"safetensors"},
+    "gramian.optim": {*LIBRARIES, "matplotlib", "scipy"},
+    "gramian.integrations": LIBRARIES,
+}
+"""What must not be loaded beside torch once these modules are, one after the other."""
+
+
+def test_an_import_loads_nothing_that_it_does_not_need() -> None:
+    lines = ["import sys, torch, jaxtyping, einops", "before = set(sys.modules)"]
+    for modules in UNWANTED:
+        lines += [f"import {modules}", "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    for (modules, unwanted), loaded in zip(UNWANTED.items(), done.stdout.splitlines(), strict=True):
+        assert "gramian" in loaded.split()
+        assert not unwanted & set(loaded.split()), modules
+
+
 def test_a_released_readme_has_no_link_that_leads_nowhere() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     linked = [match[3] for match in LINK.finditer(readme)]
@@ -50,6 +70,17 @@ def test_a_release_has_its_addresses() -> None:
 def test_the_changelog_begins_with_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (\S+?),? ", changelog, re.MULTILINE)[0] == gm.__version__
+
+
+def test_the_floors_that_are_drawn_are_those_that_are_checked() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = page.partition("## Floors")[2].split("```")[1].strip("\n")
+    floors: list[set[str]] = []
+    for line in drawn.splitlines():
+        names = set(re.split(" {3,}", line.strip())[0].split())
+        floors = [*floors[:-1], floors[-1] | names] if line.startswith(" ") else [*floors, names]
+    (contract,) = tomllib.loads(PROJECT)["tool"]["importlinter"]["contracts"]
+    assert floors == [set(re.findall(r"\w+", layer)) for layer in contract["layers"]]
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git knows which files are the project's")

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 import gramian as gm
-from gramian.compression.choosing.deciding import Target, decide
+from gramian.compression.choosing.deciding import decide
+from gramian.compression.choosing.target import Target
 from gramian.compression.fitting.lockstep import Walk, watched
 from gramian.compression.layers.lowrank import LowRank
 from gramian.errors import InputError
@@ -226,6 +227,8 @@ def test_the_command_refits_where_that_is_better():
     made = decide(net, batches, SELF, error, Target(keep=0.5), curve=False)
     assert distance(made.model, net, new) < distance(made.plan.apply(), net, new)
     assert made.outcome.compressed.quality == distance(made.model, net, new)
+    cut = made.outcome.contenders[2]
+    assert (cut.name, cut.quality) == ("before the refit", distance(made.plan.apply(), net, new))
     assert any("refit" in note for note in made.outcome.remarks)
 
 

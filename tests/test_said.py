@@ -11,7 +11,8 @@ import gramian as gm
 from gramian.cli import main
 from gramian.compression.units.narrowing import may_narrow
 from gramian.errors import GramianWarning, InputError, TaskError
-from gramian.report.compression import Contender, Outcome, Ratio
+from gramian.report.compression import Outcome
+from gramian.report.contenders import Contender, Ratio
 
 CLASSIFY = gm.Objective.classification()
 

@@ -642,9 +642,10 @@ def test_output_that_is_full_or_closed_ends_nothing(tmp_path, out: str, err: str
     os.close(reading)
     full = os.open("/dev/full", os.O_WRONLY)
     streams = {"full": full, "closed": closed, "": subprocess.PIPE}
-    command = [sys.executable, "-m", "gramian", "train", "diabetes", "--steps", "4", "--optimizer", "adamw"]
-    command += ["--init", "default", "--out", str(tmp_path / "run")]
-    ended = subprocess.run(command, stdout=streams[out], stderr=streams[err], text=True, timeout=300)
+    (tmp_path / "task.py").write_text(WITHOUT_WORKERS)
+    command = [sys.executable, "-m", "gramian", "train", "task.py:task", "--steps", "4", "--optimizer", "adamw"]
+    command += ["--init", "default", "--out", "run"]
+    ended = subprocess.run(command, cwd=tmp_path, stdout=streams[out], stderr=streams[err], text=True, timeout=300)
     os.close(closed)
     os.close(full)
     assert ended.returncode == code
@@ -787,12 +788,16 @@ def test_state_that_contains_itself_is_refused(often, tmp_path) -> None:
 
 
 def test_a_task_that_closes_the_output_trains_on(tmp_path) -> None:
-    (tmp_path / "closing.py").write_text(
-        "import sys\nfrom gramian import tasks\nfrom dataclasses import replace\n"
-        "def task():\n    found = tasks.digits(depth=2)\n    def evaluate(model):\n        sys.stdout.close()\n"
-        "        return found.evaluate(model)\n    return replace(found, evaluate=evaluate)\n"
-    )
-    command = [sys.executable, "-m", "gramian", "train", "closing.py:task", "--steps", "3", "--optimizer", "adamw"]
+    closes = """
+def closes():
+    import dataclasses, sys
+    def evaluate(model):
+        sys.stdout.close()
+        return {"one": 1.0}
+    return dataclasses.replace(task(), evaluate=evaluate)
+"""
+    (tmp_path / "task.py").write_text(WITHOUT_WORKERS + closes)
+    command = [sys.executable, "-m", "gramian", "train", "task.py:closes", "--steps", "3", "--optimizer", "adamw"]
     done = subprocess.run([*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 2)

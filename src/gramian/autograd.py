@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian.seeding import noted_random
+
 __all__ = ["CUT_OFF", "NO_GRAPH", "Ungraded"]
 
 # Torch's words for a derivative of what has no graph, and for one by what the graph does not lead to.
@@ -40,28 +42,16 @@ class Ungraded:
         if torch.is_grad_enabled():
             return function(*args)
         if not self.needed:
-            state = _random_state()
+            put_back = noted_random()
             try:
                 return function(*args)
             except RuntimeError as error:
                 if NO_GRAPH not in str(error):
                     raise
-            _restore(state)
+            put_back()
             self.needed = True
         with torch.inference_mode(False), torch.enable_grad():
             return _detached(function(*args))
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), on_devices
-
-
-def _restore(state: tuple[Tensor, list[Tensor]]) -> None:
-    own, on_devices = state
-    torch.set_rng_state(own)
-    if on_devices:
-        torch.cuda.set_rng_state_all(on_devices)
 
 
 def _detached(value: Any) -> Any:

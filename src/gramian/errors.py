@@ -81,10 +81,6 @@ def some(names: Iterable[str], limit: int = 3, separator: str = ", ") -> str:
     Returns:
         A line.
 
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
-
     >>> some(["a", "b", "c"]), some("abcde"), some("abcde", 2, "; ")
     ('a, b, c', 'a, b, c and 2 more', 'a; b and 3 more')
     """
@@ -102,10 +98,6 @@ def plain(text: object, limit: int = 200) -> str:
 
     Returns:
         A line.
-
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
 
     >>> print(plain("two\nlines"), plain("abcdef", 3))
     two\nlines abc…

@@ -126,9 +126,6 @@ def is_in_memory(batches: Iterable[Any]) -> bool:
         batches: as `as_batches` returns it.
 
     Returns: true where they do.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
 
     >>> is_in_memory([1, 2]), is_in_memory(iter([1, 2]))
     (True, False)
@@ -174,8 +171,6 @@ def with_samples(batches: list[Any], verb: str) -> list[Any]:
     Returns: a list.
     Raises:
         InputError: all are empty.
-    Cost: none.
-    Source: this library's own.
 
     >>> [len(batch) for batch in with_samples([torch.ones(2, 3), torch.ones(0, 3)], "inspect")]
     [2]

@@ -13,12 +13,11 @@ __all__: list[str] = []  # for the library alone
 MOST_BYTES = 1 << 30
 
 
-def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
-    """The UTF-8 text of a regular file.
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The UTF-8 text of a regular file of at most `MOST_BYTES`.
 
     Args:
         path: of the file, or of a link to it.
-        most: how many bytes it may have.
 
     Returns:
         The text.
@@ -27,7 +26,6 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
         OSError: it cannot be read, is a pipe, a device or a folder, or is too large; `strerror` says which.
         ValueError: the path has a null byte, or the file is no UTF-8.
     Cost: reading the file.
-    Source: this library's own.
 
     >>> read_text("/dev/zero")
     Traceback (most recent call last):
@@ -38,6 +36,6 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
-    if found.st_size > most:
-        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, and {most:,} are allowed", os.fspath(path))
+    if found.st_size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, and {MOST_BYTES:,} are allowed", os.fspath(path))
     return Path(path).read_text(encoding="utf-8")

@@ -11,20 +11,21 @@ from gramian.bench.table import Measurement, Row
 from gramian.bench.timing import computing
 from gramian.linalg.engine.function import FUNCTIONS, MatrixFunction, Options, examples
 
-N = 256
+SIZES = 8, 256
+"""At the first nearly all is the calls around LAPACK's."""
 
 
-def _task(label: str, function: MatrixFunction, options: Options) -> Callable[[int], Row]:
+def _task(label: str, function: MatrixFunction, options: Options, n: int) -> Callable[[int], Row]:
     def task(repeats: int) -> Row:
-        spectrum = torch.logspace(0, -3, N, dtype=torch.float64)
+        spectrum = torch.logspace(0, -3, n, dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
         wide = random.with_spectrum(
-            N, N, spectrum=spectrum, symmetric=function.symmetric, generator=generator, dtype=torch.float64
+            n, n, spectrum=spectrum, symmetric=function.symmetric, generator=generator, dtype=torch.float64
         )
         a = wide.float()
         certified = getattr(linalg, f"{function.name}_ex")
         if certified(a, **options(a))[0].isnan().any():  # no logarithm: eigenvalues are on the negative axis
-            basis = random.with_spectrum(N, N, spectrum=spectrum**0.5, generator=generator, dtype=torch.float64)
+            basis = random.with_spectrum(n, n, spectrum=spectrum**0.5, generator=generator, dtype=torch.float64)
             a = (basis @ torch.diag(spectrum) @ torch.linalg.inv(basis)).float()
         peer = "plain LAPACK"
         times = computing(
@@ -39,7 +40,7 @@ def _task(label: str, function: MatrixFunction, options: Options) -> Callable[[i
         remark = f"{certificate.method_names[0]}; certified {float(certificate.error_bound):.1e}"
         remarks = {"gramian": remark, peer: ""}
         return Row(
-            f"{label} {N}×{N}, κ 1e3",
+            f"{label} {n}×{n}, κ 1e3",
             "‖X − f(A)‖ / ‖f(A)‖",
             tuple(Measurement(name, t.median, errors[name], remarks[name]) for name, t in times.items()),
         )
@@ -48,6 +49,6 @@ def _task(label: str, function: MatrixFunction, options: Options) -> Callable[[i
 
 
 TASKS: dict[str, Callable[[int], Row]] = {
-    f"{label}_{N}": _task(label, FUNCTIONS[name], options) for label, name, options in examples()
+    f"{label}_{n}": _task(label, FUNCTIONS[name], options, n) for n in SIZES for label, name, options in examples()
 }
 """Name of a task: its row, from a number of repeats."""

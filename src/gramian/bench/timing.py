@@ -30,15 +30,12 @@ def interleaved(
     competitors: Mapping[str, Callable[[], Any]],
     *,
     repeats: int = 5,
-    warmup: int = 1,
-    device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time every competitor once per round, for `repeats` rounds after `warmup` untimed ones.
+    """Time every competitor once per round, for `repeats` rounds after an untimed one.
 
     A slow phase of the machine then affects all of them equally. The order rotates by one each round, so that no
-    competitor always runs with cold caches. On a GPU the device is synchronized before and after each call. The `clock`
-    tells seconds.
+    competitor always runs with cold caches. The `clock` tells seconds.
 
     >>> times = interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3)
     >>> times["b"].result, len(times["b"].seconds)
@@ -47,12 +44,10 @@ def interleaved(
     names = list(competitors)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     results: dict[str, Any] = {}
-    for turn in range(-warmup, repeats):
+    for turn in range(-1, repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            _synchronize(device)
             start = clock()
             results[name] = competitors[name]()
-            _synchronize(device)
             if turn >= 0:
                 seconds[name].append(clock() - start)
     return {name: Timing(tuple(seconds[name]), results[name]) for name in names}
@@ -65,8 +60,3 @@ def computing(competitors: Mapping[str, Callable[[], Any]], *, repeats: int = 5)
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     return interleaved(competitors, repeats=repeats, clock=clock)
-
-
-def _synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()

@@ -43,9 +43,6 @@ def without_wrappers(name: str) -> str:
         name: as in `named_parameters` or a state dict.
 
     Returns: the name in the model before it was wrapped; `module.`, which may be the user's own, stays.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
 
     >>> without_wrappers("_orig_mod.module.layers.0._orig_mod.weight")
     'module.layers.0.weight'
@@ -69,8 +66,6 @@ def as_path(path: Any, verb: str) -> Path:
     Returns: the path.
     Raises:
         InputError: it is neither text nor a path.
-    Cost: none.
-    Source: this library's own.
 
     >>> as_path(3, "load_plan")
     Traceback (most recent call last):

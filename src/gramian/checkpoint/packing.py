@@ -22,7 +22,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         (m, bits · ⌈n / 8⌉), uint8.
 
-    Raises: nothing of its own.
     Cost: one pass, in 64-bit integers.
     Source: the definition. Of four bits, each byte has two codes, the first in its lower half, as is usual.
 
@@ -48,7 +47,6 @@ def unpack(packed: Tensor, bits: int, num: int) -> Tensor:
     Returns:
         (m, num), int8.
 
-    Raises: nothing of its own.
     Cost: one pass; of bits other than 4 and 8 in 64-bit integers.
     Source: the inverse of `pack`.
 

@@ -61,7 +61,6 @@ def pack_tree(tree: Any) -> PackedTree:
     Raises:
         UnsupportedError: it holds anything else; the message says where.
     Cost: none for the tensors.
-    Source: this library's own.
 
     >>> len(pack_tree({"a": torch.ones(2), "b": [1, None]}).tensors)
     1
@@ -78,9 +77,7 @@ def unpack_tree(packed: PackedTree) -> Any:
         packed: from it.
 
     Returns: the value, with the tensors of `packed`, of the same strides.
-    Raises: nothing of its own.
     Cost: a copy of tensors that are not contiguous.
-    Source: this library's own.
 
     >>> unpack_tree(pack_tree({"a": (1, None)}))
     {'a': (1, None)}
@@ -149,7 +146,6 @@ def weights_in_tree(content: Content) -> Content:
     Raises:
         CheckpointError: the tree is damaged.
     Cost: that of parsing the tree; no tensor is read.
-    Source: this library's own.
 
     >>> from gramian.checkpoint.formats import read_safetensors
     >>> import tempfile, pathlib

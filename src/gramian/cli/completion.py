@@ -24,9 +24,6 @@ def completing(names: Iterable[str], *, several: bool = False, end: str = "") ->
         end: what follows a name.
 
     Returns: a function from what was typed to what it may become.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
 
     >>> completing(["l1", "l2", "nuclear"], several=True, end="=")("l1=1e-4,l")
     ['l1=1e-4,l2=']

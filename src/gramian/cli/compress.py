@@ -101,8 +101,9 @@ def command(
     if plan is not None and not plan.exists():  # else it is read
         report.check_target(plan, (plan.suffix.lower(),))
     from gramian.compression import save_compressed
-    from gramian.compression.choosing.deciding import Target, decide
+    from gramian.compression.choosing.deciding import decide
     from gramian.compression.choosing.making import plan_for
+    from gramian.compression.choosing.target import Target
     from gramian.placement import agreed
     from gramian.training.seen import samples_trained_on
 

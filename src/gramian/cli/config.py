@@ -44,7 +44,13 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         parameter = parameters[key]
         if parameter.name in values:
             raise InputError(f"--config {plain(path, 500)}: {key} is there twice, with - and with _")
-        values[parameter.name] = _as_flag(path, key, value, getattr(parameter, "is_flag", False))
+        flag = _as_flag(path, key, value, getattr(parameter, "is_flag", False))
+        try:
+            parameter.process_value(context, flag)
+        except typer.BadParameter as error:  # which would name the flag, that nobody has written
+            told = f"{key} = {plain(repr(value), 100)}: {error.message}"
+            raise InputError(f"--config {plain(path, 500)}: {told}") from None
+        values[parameter.name] = flag
     context.default_map = values
     return path
 

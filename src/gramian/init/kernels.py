@@ -42,7 +42,6 @@ def isometry(layer: nn.Module, layout: Layout, like: Tensor, generator: torch.Ge
     Returns:
         The weight.
 
-    Raises: nothing of its own.
     Cost: a QR factorization.
     Source: delta-orthogonal: Xiao et al. (1806.05393), §3; strides: this library's own.
     """

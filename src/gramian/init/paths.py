@@ -226,12 +226,8 @@ def trace(model: nn.Module, modules: Collection[nn.Module], sample: Any, objecti
 
     handles = [module.register_forward_hook(after) for module in modules]
     handles.append(model.register_forward_pre_hook(enter, with_kwargs=True))
-    try:
-        with measuring(model), torch.enable_grad():
-            output = objective.predict(model, sample)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks(handles), measuring(model), torch.enable_grad():
+        output = objective.predict(model, sample)
     parents: dict[Node, list[Node]] = {}
     ends = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor) and x.grad_fn is not None]
     for node in _from_first([*ends, *made]):
@@ -283,12 +279,10 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         if args[0].numel() > args[0].shape[1]:
             norm._buffers.update(dict.fromkeys(names))
 
-    handles = [norm.register_forward_pre_hook(hide) for norm in norms]
     try:
-        yield
+        with hooks([norm.register_forward_pre_hook(hide) for norm in norms]):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for norm, buffers in zip(norms, kept, strict=True):
             norm._buffers.update(buffers)
 

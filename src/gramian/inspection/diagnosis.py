@@ -17,6 +17,7 @@ from gramian.alignment import labels_of
 from gramian.batch import has_arrays, mapped
 from gramian.calls import as_model
 from gramian.errors import GramianError, InputError
+from gramian.inspection.across_depth import ADAMW_EPS
 from gramian.inspection.causes import CAUSES, Context
 from gramian.inspection.causes.data import labels_in_range, lost_labels
 from gramian.inspection.causes.growing import opening_matrices
@@ -28,32 +29,29 @@ from gramian.inspection.experiments.evaluated import evaluate
 from gramian.inspection.experiments.leaking import find_leak
 from gramian.inspection.experiments.opening import open_zeros
 from gramian.inspection.experiments.probing import probe, untried
-from gramian.inspection.experiments.stepping import take_steps
+from gramian.inspection.experiments.stepping import Steps
 from gramian.inspection.experiments.zeroed import find_zeroed
+from gramian.inspection.first_steps import FAILING, STEPS, observe_steps
 from gramian.inspection.lost import find_loss_of_weights, lost_in_steps
 from gramian.inspection.measured import Measured
-from gramian.inspection.passes.failing import steps_run, taking_what_is_not_finite
+from gramian.inspection.passes.failing import taking_what_is_not_finite
 from gramian.inspection.passes.observed import Observed
-from gramian.inspection.passes.observing import NUM_BATCHES, observe
+from gramian.inspection.passes.observing import NUM_BATCHES
 from gramian.inspection.passes.places import places
 from gramian.inspection.passes.signal import SIGNAL, in_words, measure_signal
 from gramian.inspection.reporting import report_of
-from gramian.inspection.rules import ADAMW_EPS, find
+from gramian.inspection.rules import find
 from gramian.inspection.weights.of_files import measure_file
 from gramian.inspection.weights.of_model import measure_model
 from gramian.loader import Batches, as_batches, first_few, is_in_memory, with_samples
 from gramian.objective import Objective, as_objective
-from gramian.recording.failing import check_runs
-from gramian.recording.keeping import keeping, kept_random
+from gramian.recording.keeping import keeping
 from gramian.recording.kept_batches import KeptBatches
 from gramian.recording.measuring import batch_statistics
 from gramian.report import Finding, Report
+from gramian.seeding import kept_random
 
 __all__ = ["inspect"]
-
-# What a report says it looked at, or not.
-STEPS = "optimizer's steps"
-FAILING = "causes in training steps"
 
 # Batches beyond those that are looked at, of which the rows are read where all are in memory.
 NUM_FURTHER = 12
@@ -152,12 +150,13 @@ def _with_data(
 ) -> tuple[Measured, list[Finding]]:
     """What the weights and the signal show, and the causes that were found."""
     progress("steps", 0, 1)
-    observed, skipped = _observe(model, few, objective, keeps_gradients=optimizer is not None)
+    observed, steps, skipped = observe_steps(model, few, objective, optimizer)
     progress("steps", 1, 1)
     sizes = observed.image_sizes if observed is not None else {}
     measured = measure_model(model, progress, image_sizes=sizes, **options)
     measured.skipped |= skipped
-    found = _measure_signal(measured, model, few, further, objective, observed, optimizer, options["layouts"], progress)
+    given = model, few, further, objective, optimizer
+    found = _measure_signal(measured, *given, observed, steps, options["layouts"], progress)
     if any(spectrum.num_nonfinite for spectrum in measured.spectra):
 
         def look(fresh: Optimizer | None) -> list[Finding]:
@@ -177,19 +176,6 @@ def _with_data(
     return measured, found
 
 
-def _observe(
-    model: nn.Module, few: list[Any], objective: Objective, *, keeps_gradients: bool
-) -> tuple[Observed | None, dict[str, str]]:
-    """What a few training steps show, or why there are none."""
-    try:
-        return observe(model, few, objective, keeps_gradients=keeps_gradients), {}
-    except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
-        check_runs("inspect", model, few[0], objective)
-        if steps_run(model, few, objective):
-            return None, {"causes": f"watching failed, a fault of gramian: {in_words(error)}"}
-        return None, {FAILING: in_words(error)}
-
-
 def _labels(few: Sequence[Any]) -> list[Tensor]:
     """The labels of the batches that have some."""
     found = []
@@ -205,8 +191,9 @@ def _measure_signal(
     few: list[Any],
     further: list[Any],
     objective: Objective,
-    observed: Observed | None,
     optimizer: Optimizer | None,
+    observed: Observed | None,
+    steps: Steps | None,
     layouts: Mapping[str, Any] | None,
     progress: Callable[[str, int, int], None],
 ) -> list[Finding]:
@@ -223,6 +210,7 @@ def _measure_signal(
     if observed.error is not None:
         measured.skipped |= {SIGNAL: f"the loss fails: {in_words(observed.error)}"}
         return list(labels_in_range(context))
+    context.steps = steps
     measured.entries = observed.entries
     measured.takes_data = frozenset(raw.name for raw in observed.raw)
     measured.is_recurrent = context.is_recurrent
@@ -254,17 +242,13 @@ def _measure_signal(
     except Exception as error:
         measured.skipped |= {"how far a step of what is trained moves the outputs": in_words(error)}
     found: list[Finding] = []
-    if optimizer is None:
-        measured.skipped |= {STEPS: "no optimizer was given"}
-    elif not math.isfinite(observed.loss):
-        measured.skipped |= {STEPS: "the loss is not finite"}
-    else:
+    if steps is not None and optimizer is not None:
         try:
-            context.steps = take_steps(model, optimizer, few, objective, first=observed)
-            found += lost_in_steps(model, optimizer, few, objective, context.steps.losses)
-            measured.looked_at.append(STEPS)
-        except Exception as error:  # an optimizer that cannot be copied, or a step that fails
+            found += lost_in_steps(model, optimizer, few, objective, steps.losses)
+        except Exception as error:
             measured.skipped |= {STEPS: in_words(error)}
+        else:
+            measured.looked_at.append(STEPS)
     measured.has_learned = context.has_learned
     measured.opening = opening_matrices(context)
     for rule in CAUSES:

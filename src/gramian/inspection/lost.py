@@ -52,7 +52,6 @@ def find_loss_of_weights(
     Returns: errors that make weights NaN, the first one first; none where no weight was lost, or no cause is seen.
     Raises: what the diagnosis raises.
     Cost: that of the diagnosis, and up to 60 training steps where it finds nothing.
-    Source: this library's own.
     """
     lost = renew(model)
     if not lost:
@@ -80,7 +79,6 @@ def lost_in_steps(
     Returns: one finding, or none.
     Raises: what a step raises.
     Cost: nothing where all are finite; else as many steps once more, and one that is watched.
-    Source: this library's own.
     """
     before = list(takewhile(math.isfinite, losses))
     if not before or len(before) == len(losses) or max(before) > max(RISES * before[0], before[0] + RISES):

@@ -32,9 +32,7 @@ def report_of(
         has_model: whether there is a model, which the lines of remedies may name.
 
     Returns: a `Report`.
-    Raises: nothing of its own.
     Cost: that of the rules.
-    Source: this library's own.
     """
     found = [following(f, measured.lost_by if f.code == "non-finite-weights" else None) for f in find(measured)]
     found = found if causes is None else ordered((*causes, *found))

@@ -38,7 +38,6 @@ def decades_lost(report: Report) -> float | None:
         The sum; `None` where the network is not plain (layers other than linear ones, norms, skips), or the report has
         no Jacobian.
 
-    Raises: nothing of its own.
     Cost: none; everything was measured. Accuracy: see docs/inspect.md.
     Source: this library's own. The parts are those of Schoenholz et al. 1611.01232 (sizes, correlations) and Pennington
         et al. 1711.04735 (the Jacobian's spectrum), measured on the network itself, so that its finite width counts.

@@ -24,7 +24,6 @@ def load(module: str, extra: str) -> Any:
         UnsupportedError: the library is not installed.
 
     Cost: that of the import.
-    Source: this library's own.
 
     >>> load("math", "hf").sqrt(4.0)
     2.0

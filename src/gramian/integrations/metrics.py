@@ -26,10 +26,6 @@ def unwrapped(optimizer: Any) -> Any:
     Returns:
         The `MatrixOptimizer`, or the innermost optimizer where there is none.
 
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
-
     >>> from gramian import optim, prox
     >>> base = optim.Muon(nn.Linear(2, 2))
     >>> unwrapped(optim.Proximal(base, {"*": prox.L1(0.1)})) is base

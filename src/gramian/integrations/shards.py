@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gramian.compression.choosing.contending import planned_layers
+from gramian.compression.sharded.holding import shown
 from gramian.compression.sharded.losses import loss_of
 from gramian.compression.sharded.sharded_plan import ShardedPlan
 from gramian.compression.sharded.shards import Shards
 from gramian.compression.sharded.streaming import compress_shards
 from gramian.integrations.texts import batches_of_texts, copy_companions
 from gramian.objective import Objective
-from gramian.report.compression import Contender, Outcome
+from gramian.report.compression import Outcome
+from gramian.report.contenders import Contender
 
 __all__ = ["compress_folder"]
 
@@ -45,7 +47,6 @@ def compress_folder(
     Returns: what was done, with the held-out loss of both models.
     Raises: as `compress` of a folder, and as `batches_of_texts`.
     Cost: three sweeps: that of `compress`, and the loss of the model before and after.
-    Source: this library's own.
 
     >>> compress_folder("missing", "texts.txt", None, keep=0.5, memory="1GB")
     Traceback (most recent call last):
@@ -70,7 +71,7 @@ def compress_folder(
     dense = Contender("dense", plan.parameters_dense, plan.bytes_dense, loss_of(folder, tests, objective, **options))
     if out is not None:
         quality = loss_of(out, tests, objective, **options)
-    tell("Measure", 1.0, f"peak {peak() / 1e9:.2f} GB of memory")
+    tell("Measure", 1.0, f"peak {shown(peak())} of memory")
     return Outcome(
         title=Path(folder).name,
         asked=name,
@@ -89,7 +90,7 @@ def compress_folder(
 
 def _held(plan: ShardedPlan, memory: str) -> str:
     told = max(row["peak"] for row in plan.told)
-    return f"one part at a time in memory: allowed {memory}, expected {told}, most so far {peak() / 1e9:.2f} GB"
+    return f"one part at a time in memory: allowed {memory}, expected {told}, most so far {shown(peak())}"
 
 
 def peak() -> int:

@@ -37,7 +37,7 @@ BATCH_SIZE = 32
 Batch = dict[str, Tensor]
 
 
-def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = MOST_TOKENS) -> Task:
+def task_of_texts(folder: str | Path, texts: str | Path) -> Task:
     """A task for a model of transformers in a folder with its tokenizer: nothing is needed but texts, one a line.
 
     Every fifth text is held out. What the loss and the measure are follows from what the model returns:
@@ -49,8 +49,7 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
 
     Args:
         folder: with `config.json`, weights and tokenizer; nothing is downloaded, and no code in it is run.
-        texts: a file of UTF-8 text; empty lines are left out.
-        most_tokens: of a text; what is beyond is cut off.
+        texts: a file of UTF-8 text; empty lines are left out, and what is beyond `MOST_TOKENS` of a text.
 
     Returns:
         The task. Its `model()` is one and the same model at every call.
@@ -61,7 +60,6 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
         UnsupportedError: transformers is not installed, or the model takes more than tokens, as one with a decoder.
 
     Cost: loading the model, and one pass over the texts.
-    Source: this library's own.
 
     >>> task_of_texts("missing", "texts.txt")
     Traceback (most recent call last):
@@ -72,7 +70,7 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
     transformers = load("transformers", "hf")
     tokenizer = _tokenizer(transformers, folder)
     model = _opened(transformers, folder)
-    batches, tests = _split(folder, type(model), model.config, lines, tokenizer, most_tokens)
+    batches, tests = _split(folder, type(model), model.config, lines, tokenizer)
     with torch.no_grad():
         try:
             output = model(**batches[0])
@@ -83,18 +81,15 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
     return Task(lambda: model, objective, lambda epoch, generator: batches, evaluate, name=folder.name)
 
 
-def batches_of_texts(
-    folder: str | Path, texts: str | Path, model: nn.Module, *, most_tokens: int = MOST_TOKENS
-) -> tuple[list[Batch], list[Batch]]:
+def batches_of_texts(folder: str | Path, texts: str | Path, model: nn.Module) -> tuple[list[Batch], list[Batch]]:
     """The batches of `task_of_texts` for a model that predicts the next token: to calibrate with, and held out.
 
     Args:
-        folder, texts, most_tokens: as there.
+        folder, texts: as there.
         model: that the folder describes; it may have no values.
 
     Raises: as `task_of_texts`; UnsupportedError where the model does not give scores of the next token.
     Cost: one pass over the texts.
-    Source: this library's own.
 
     >>> batches_of_texts("missing", "texts.txt", nn.Linear(1, 1))
     Traceback (most recent call last):
@@ -107,7 +102,7 @@ def batches_of_texts(
             f"{folder}: {type(model).__name__} does not predict the next token, which compressing from shards takes. "
             "Leave out --memory, or write gm.compress(folder, batches, objective)"
         )
-    return _split(folder, type(model), model.config, lines, _tokenizer(load("transformers", "hf"), folder), most_tokens)
+    return _split(folder, type(model), model.config, lines, _tokenizer(load("transformers", "hf"), folder))
 
 
 def copy_companions(folder: str | Path, out: str | Path) -> None:
@@ -146,9 +141,7 @@ def _lines(folder: Path, texts: str | Path) -> list[str]:
     return lines
 
 
-def _split(
-    folder: Path, kind: type, config: Any, lines: list[str], tokenizer: Any, most: int
-) -> tuple[list[Batch], list[Batch]]:
+def _split(folder: Path, kind: type, config: Any, lines: list[str], tokenizer: Any) -> tuple[list[Batch], list[Batch]]:
     """The batches of a model's texts, and of those held out."""
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{folder}: {kind.__name__} has a decoder, which needs targets. Write a gm.Task")
@@ -157,7 +150,8 @@ def _split(
         raise UnsupportedError(f"{folder}: {kind.__name__} takes {wanted}, not tokens of texts. Write a gm.Task")
     kept = [line for place, line in enumerate(lines) if place % HELD_OUT]
     held = [line for place, line in enumerate(lines) if not place % HELD_OUT]
-    most = min(most, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or most)
+    limits = (MOST_TOKENS, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    most = min(filter(None, limits))
     return _batches(tokenizer, kept, most), _batches(tokenizer, held, most)
 
 

@@ -34,7 +34,6 @@ def look_up_listed(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Lookup]:
     Returns:
         A `Lookup` by name; its layout is `None` where the parameter holds no matrix.
 
-    Raises: nothing of its own.
     Cost: a look at each row of the table for each name.
     Source: the names that transformers, timm and torchvision use.
 
@@ -75,7 +74,6 @@ def look_up_name(name: str, shape: tuple[int, ...], config: Mapping[str, Any], n
         A `NameMatch`. Its layout is `None` where the parameter holds no matrix, and its kind is `"unknown"` where
         nothing tells whether it does.
 
-    Raises: nothing of its own.
     Cost: a look at each row of the table.
     Source: the names that transformers, timm and torchvision use.
 
@@ -118,7 +116,6 @@ def settle_roles(
     Returns:
         The roles that change, by name.
 
-    Raises: nothing of its own.
     Cost: a look at each name.
     Source: the names that transformers, timm and torchvision use.
 
@@ -154,9 +151,7 @@ def depthwise_kernels(kernels: Mapping[str, tuple[int, ...]], tables: bool) -> l
     Returns:
         Their names, in the order given.
 
-    Raises: nothing of its own.
     Cost: a look at each shape.
-    Source: this library's own.
 
     >>> depthwise_kernels({"stem": (8, 1, 3, 3), "block": (8, 1, 3, 3)}, tables=False)
     ['block']
@@ -181,9 +176,7 @@ def natural_order(name: str) -> list[tuple[int, int | str]]:
     Returns:
         The key.
 
-    Raises: nothing of its own.
     Cost: none to speak of.
-    Source: this library's own.
 
     >>> sorted(["h.10", "h.2"], key=natural_order)
     ['h.2', 'h.10']

@@ -135,9 +135,7 @@ def match_pattern(patterns: Mapping[str, Any], name: str) -> str | None:
     Returns:
         The pattern, or `None`.
 
-    Raises: nothing of its own.
     Cost: a look at each pattern.
-    Source: this library's own.
 
     >>> match_pattern({"*.weight": "o i -> o i"}, "0.weight")
     '*.weight'
@@ -156,8 +154,6 @@ def is_lazy(parameter: Tensor) -> bool:
     Returns:
         `False` once a batch went through the module.
 
-    Raises: nothing of its own.
-    Cost: none.
     Source: torch's lazy modules.
 
     >>> is_lazy(nn.LazyLinear(2).weight), is_lazy(nn.Linear(2, 2).weight)

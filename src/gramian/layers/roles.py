@@ -76,7 +76,6 @@ def acts_by_channel(name: str, shape: tuple[int, int]) -> str:
     Returns:
         The reason; empty for a matrix.
 
-    Raises: nothing of its own.
     Cost: none to speak of.
     Source: the parameters of transformers, timm and diffusers, beside what their forward passes do with them.
 

@@ -29,11 +29,23 @@ REASONS = (
     "the answer does not exist: the matrix has eigenvalues on the imaginary axis, up to rounding",
     "the answer does not exist: the matrix has eigenvalues on the negative real axis, up to rounding",
     "no certificate was asked for",
+    "the answer underflows its dtype: convert the matrix to a wider one, such as float64, or change its scale",
 )
 """Why a matrix failed. Saved certificates hold the index, so a new reason goes to the end."""
-NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK, OVERFLOW, NO_SIGN, ON_CUT, UNASKED = range(
-    len(REASONS)
-)
+(
+    NONE,
+    NOT_FINITE,
+    SINGULAR,
+    NOT_SYMMETRIC,
+    INDEFINITE,
+    INACCURATE,
+    LAPACK,
+    OVERFLOW,
+    NO_SIGN,
+    ON_CUT,
+    UNASKED,
+    UNDERFLOW,
+) = range(len(REASONS))
 
 DAMPED = frozenset(("inv", "solve", "lstsq", "inv_root", "sqrtm"))
 """The functions that take `damping`."""
@@ -278,6 +290,8 @@ def _advice(name: str, reason: int) -> str:
         return "If that is rounding alone, pass (m + m.mH) / 2."
     if reason == INDEFINITE:
         return f"{damping}, larger than minus the least eigenvalue." if damping else ""
+    if reason == INACCURATE and name == "cond":
+        return "Beyond about 1e14 κ is not told from that of a singular matrix, inf."
     if reason in (INACCURATE, LAPACK):
         return f"{damping}, a wider dtype, or a larger rtol." if damping else "Pass a wider dtype, or a larger rtol."
     if reason == NO_SIGN:

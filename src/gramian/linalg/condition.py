@@ -373,7 +373,9 @@ def cond(
         ShapeError: where `a` has fewer than two dimensions.
         DtypeError: where `a` is not floating point, real or complex.
         InputError: for an unknown p or method, or a negative rtol.
-        ConvergenceError: where the error bound is above rtol, as for a κ beyond what float64 resolves (about 1e14).
+        ConvergenceError: where the error bound is above rtol, as for a κ beyond what float64 resolves (about 1e14). Of
+            a singular matrix torch gives inf, NaN or a number made of rounding; `cond_ex` gives a value too, and says
+            that nothing is proven of it.
     Cost: "gram", up to a side of 512, the Gram matrix's eigenvalues in float64; "lanczos", from a side of 128, one
     float64 LU (QR if not square) and 2·(10 to 40) products and 2·(10 to 40) solves with 16 vectors; "inverse", where
     those do not reach rtol, some 20 products in float64. Accuracy: uκ² for "gram", uκ for "lanczos", rtol up to κ of

@@ -14,6 +14,7 @@ from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.backward_error import Rows, tightened
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
     Pair,
@@ -64,7 +65,7 @@ def _eigh32(
         reason = torch.where(ok & (w > 0).all(-1), cert.NONE, cert.INACCURATE)
         root = root_of(w.double(), p)
         return Answer.bare(of_roots(root, v, v.dtype), reason, spectrum=Spectrum(root, v))
-    value, error, residual = from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype, rtol)
+    value, error, residual = from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype, rtol, dtype)
     proven = ok & error.isfinite() & (w > 0).all(-1)
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
@@ -84,16 +85,19 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
         reason = torch.where((reason == cert.NONE) & ~kept.all(-1), cert.SINGULAR, reason)
         root = torch.where(kept, root_of(w, p), 0.0)
         return Answer.bare(of_roots(root, v, wide(dtype)), reason, spectrum=Spectrum(root_of(w, p), v))
-    value, error, residual = from_eigenpairs(m, w, v, p, wide(dtype), rtol)
-    proven = error.isfinite() & (w > 0).all(-1)
-    error = torch.where(proven, error, math.inf)
-    if x.shape[-1] <= EXACT and value.dtype == torch.float64:
-        # Their residuals in float64 are rounding; the correction that double-double ones give is the error itself.
-        root = root_of(w, p)
-        further = _corrected(m, pair(value), root, v, p, 1)
-        rest, _ = _pair_bound(m, further, root, w, p)
-        error = torch.fmin(error, norm(further.hi - value) + norm(further.lo) + rest)
-        proven = proven & error.isfinite() | rest.isfinite()
+    small, positive = 0 < x.shape[-1] <= EXACT, (w > 0).all(-1)
+    value, error, residual = from_eigenpairs(m, w, v, p, torch.float64 if small else wide(dtype), rtol, dtype)
+    error = torch.where(positive, error, math.inf)
+    if small:
+        # Residuals in float64 are rounding; the correction that double-double ones give is the error itself.
+        def finer(rows: Rows) -> tuple[Tensor, Tensor]:
+            some, own, root = Pair(*(y[rows] for y in m)), value[rows], root_of(w[rows], p)
+            further = _corrected(some, pair(own), root, v[rows], p, 1)
+            rest, _ = _pair_bound(some, further, root, w[rows], p)
+            return torch.fmin(error[rows], norm(further.hi - own) + norm(further.lo) + rest), residual[rows]
+
+        error, residual = tightened(lambda: (error, residual), finer, norm(value), dtype)
+    proven = error.isfinite()
     unproven = torch.where(kept.all(-1), cert.INACCURATE, cert.SINGULAR)
     reason = torch.where((reason == cert.NONE) & ~proven, unproven, reason)
     if not bool(proven.all()):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gramian.linalg.engine.backward_error import backward_error
 from gramian.linalg.engine.double_double import Pair, thin_product, thin_rough
 from gramian.linalg.engine.probes import Probes, apply, apply_transposed, closer, of_norm, probes
 from gramian.linalg.engine.rounding import LOOSE, U, chain_rounding, gamma, norm, unit_roundoff
@@ -36,21 +37,23 @@ TIGHT = 128
 
 
 def from_eigenpairs(
-    m: Pair, w: Tensor, v: Tensor, p: int, dtype: torch.dtype, rtol: float
+    m: Pair, w: Tensor, v: Tensor, p: int, dtype: torch.dtype, rtol: float, wanted: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """V w^(-1/p) Vᵀ in `dtype`, its bound, no finer than `rtol` needs, and its residual."""
+    """V w^(-1/p) Vᵀ in `dtype`, its bound, no finer than `rtol` or the dtype `wanted` needs, and its residual."""
     n = w.shape[-1]
     root = root_of(w, p)
     value = of_roots(root, v, dtype)
     if v.dtype == torch.float64 and n:
         probe = probes(n, v.device)
         apart = _apart(value, root, v, probe)
-        if n > TIGHT and math.isfinite(rtol):
-            enough = 0.9 * rtol * norm(value)
-            far = 10 * n * 2 * U * w.abs().amax(-1) + norm(m.lo)
+        enough = 0.9 * rtol * norm(value)
+        if wanted != torch.float64 or (n > TIGHT and math.isfinite(rtol)):
+            far = backward_error(n) * w.abs().amax(-1) + norm(m.lo)
             error, residual = _from_backward_error(root, far, p)
-            if bool(((error <= apart) & (error + apart <= enough)).all()):
+            near = apart.maximum(2 * unit_roundoff(wanted) * norm(value))
+            if bool(((error <= near) & (error + apart <= enough)).all()):
                 return value, error + apart, residual
+        if n > TIGHT and math.isfinite(rtol):
             error, residual = _eigen_bound(m, root, v, p, probe, rough_product)
             if bool((error + apart <= enough).all()):
                 return value, error + apart, residual
@@ -96,15 +99,18 @@ def off_product(value: Tensor, v: Tensor, root: Tensor) -> Tensor:
 def _apart(value: Tensor, root: Tensor, v: Tensor, probe: Probes) -> Tensor:
     """A bound on ‖value − V₀ diag(root) V₀ᵀ‖_F for a float64 V and V₀ = V(VᵀV)^(-1/2).
 
-    V₀ differs from V by less than φ = ‖VᵀV − I‖₂, for which LAPACK's bound is taken (Users' Guide, §4.7, with
-    p(n) = 10n).
+    V₀ differs from V by less than φ = ‖VᵀV − I‖₂, for which LAPACK's bound is taken.
     """
     n = v.shape[-1]
+    turned = 2.2 * backward_error(n) * norm(root)
+    if value.dtype == torch.float64:
+        # V diag(root)^½ is a rounding or two off, and the product γₙ: less than what is known of V.
+        return turned + 1.1 * gamma(n + 8) * root.sum(-1)
     omega = probe.omega.expand(v.shape[0], -1, -1)
     length, top = norm(probe.omega[None]), root.amax(-1)
     once = apply(v, root[:, :, None] * apply_transposed(v, omega))
     blur = 2.1 * gamma(n + 3) * math.sqrt(n) * top * length + chain_rounding(n, norm(value), length)
-    return closer(apply(value, omega) - once, probe, blur) + 2.2 * 10 * n * 2 * U * norm(root)
+    return closer(apply(value, omega) - once, probe, blur) + turned
 
 
 def _from_backward_error(root: Tensor, far: Tensor, p: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +132,7 @@ def _eigen_bound(
     """
     n = v.shape[-1]
     omega = probe.omega.expand(v.shape[0], -1, -1)
-    length, root_n, phi = norm(probe.omega[None]), math.sqrt(n), 10 * n * 2 * U
+    length, root_n, phi = norm(probe.omega[None]), math.sqrt(n), backward_error(n)
     top, low = root.amax(-1), root.amin(-1)
     slip = gamma(n + 3) * root_n
     b = p // 2

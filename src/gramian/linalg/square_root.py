@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
+from gramian.linalg.engine.backward_error import Rows, backward_error, tightened
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
     Pair,
@@ -33,7 +33,7 @@ from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.probes import EXACT, Probes, apply, apply_transposed, closer, of_norm, probes
 from gramian.linalg.engine.real_form import takes_complex
-from gramian.linalg.engine.rounding import LOOSE, chain_rounding, gamma, norm, unit_roundoff
+from gramian.linalg.engine.rounding import LOOSE, chain_rounding, gamma, norm
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
 from gramian.linalg.engine.workspace import scratch
@@ -150,11 +150,11 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, 
 def _of_value(m: Pair, value: Tensor, s: Tensor, v: Tensor, p: Probes) -> tuple[Tensor, Tensor]:
     """The bound of `_by_probes` for positive definite M, for X = `value` itself, and ‖M − X²‖_F / ‖M‖_F; inf if none.
 
-    X = V diag(s) Vᵀ + G with ‖G‖₂ ≤ off, and LAPACK's bound on φ = ‖VᵀV − I‖₂ (Users' Guide, §4.7, with p(n) = 10n).
+    X = V diag(s) Vᵀ + G with ‖G‖₂ ≤ off, and LAPACK's bound on φ = ‖VᵀV − I‖₂.
     """
     n = v.shape[-1]
     whole = scratch("whole", tuple(value.shape), torch.float64, value).copy_(value)  # once for both products
-    off, phi, low, top = off_product(whole, v, s), 20 * n * unit_roundoff(v.dtype), s[:, 0], s[:, -1]
+    off, phi, low, top = off_product(whole, v, s), backward_error(n, v.dtype), s[:, 0], s[:, -1]
     size, omega = norm(value) * (1 + LOOSE), p.omega.expand(len(v), -1, -1)
     once = apply(whole, omega)
     image = thin_rough(m, norm(m.hi), omega)
@@ -199,18 +199,46 @@ def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certif
 
 def _eigh64(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer | None:
     """By an eigendecomposition in float64, bounded by probes: 1e-7 at worst, as a root turns ε into √ε."""
-    if dtype == torch.float64 and x.shape[-1] <= EXACT and math.isfinite(rtol):
-        return None  # where a finer bound costs nothing
+    if x.shape[-1] <= EXACT and math.isfinite(rtol):
+        return None  # a finer bound costs less
     return _by_probes(x, shift, dtype, torch.float64, certify, rtol)
 
 
 def _eigh(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
-    """By an eigendecomposition, bounded from a residual in plain float64, or up to `EXACT` by its correction."""
-    answer = _by_residual(x, shift, dtype, rough, 0, certify)
-    if not certify or x.shape[-1] > EXACT:
-        return answer
-    further = _by_residual(x, shift, dtype, product, 1, certify)
-    return replace(answer, error=torch.fmin(answer.error, norm(answer.value - further.value) + further.error))
+    """By an eigendecomposition, bounded from a residual in plain float64.
+
+    Up to `EXACT` the bound is LAPACK's own where that is a few roundings of `dtype`, else from the next correction.
+    """
+    if not certify or x.shape[-1] > EXACT or not x[0:1].numel():
+        return _by_residual(x, shift, dtype, rough, 0, certify)
+    m = damped(x, shift)
+    w, v, _, reason = decompose(m, dtype)
+    s = w.clamp_min(0).sqrt()
+    value = symmetric(pair((v * s[:, None, :]) @ v.mT)).hi
+
+    def finer(rows: Rows) -> tuple[Tensor, Tensor]:
+        further = _by_residual(x[rows], shift[rows], dtype, product, 1, certify)
+        own = norm(value[rows] - further.value) + further.error
+        if not bool(own.isfinite().all()):
+            own = torch.fmin(own, _by_residual(x[rows], shift[rows], dtype, rough, 0, certify).error)
+        return own, further.residual
+
+    error, residual = tightened(lambda: _by_backward_error(m, w, s), finer, norm(value), dtype)
+    return Answer(value, error, residual, reason, spectrum=Spectrum(s, v))
+
+
+def _by_backward_error(m: Pair, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """A bound on ‖V w₊^(1/2) Vᵀ − √M₊‖_F from LAPACK's own on how far M is from V₀ w V₀ᵀ, as `_by_probes` from e.
+
+    And that bound, relative to ‖M‖₂.
+    """
+    n = w.shape[-1]
+    known = backward_error(n)
+    e = math.sqrt(n) * known * w.abs().amax(-1) + norm(m.lo)
+    lowest = (w[:, 0] - e).clamp_min(0)
+    error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt()))
+    error = error + 2.2 * known * s.norm(dim=-1) + 1.1 * gamma(n + 4) * s.sum(-1)
+    return error, torch.full_like(error, known)
 
 
 def _eigh_refined(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:

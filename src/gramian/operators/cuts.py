@@ -13,6 +13,7 @@ from gramian.autograd import CUT_OFF
 from gramian.block import blocks
 from gramian.errors import UnsupportedError
 from gramian.layers import operation_of, runs_as_its_class
+from gramian.recording.hooks import hooks
 from gramian.recording.taps import in_vmap
 
 
@@ -81,15 +82,13 @@ def cut(model: nn.Module, *, only_first: bool = False) -> Iterator[Cuts]:
     for module, name in names.items():
         handles += [module.register_forward_pre_hook(before(name), with_kwargs=True)]
         handles += [module.register_forward_hook(after(name))]
-    try:
-        yield cuts
-    except RuntimeError as error:
-        if CUT_OFF not in str(error):
-            raise
-        raise UnsupportedError("the loss differentiates by the inputs, which cuts separate from it") from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks(handles):
+        try:
+            yield cuts
+        except RuntimeError as error:
+            if CUT_OFF not in str(error):
+                raise
+            raise UnsupportedError("the loss differentiates by the inputs, which cuts separate from it") from error
 
 
 def leaves_of(tensor: Tensor) -> set[int]:

@@ -46,8 +46,6 @@ def given(caller: str, optimizer: Any) -> Given:
     Raises:
         InputError: it is none of these, such as an optimizer that is made already; later, where it takes the model
             for its parameters.
-    Cost: none.
-    Source: this library's own.
 
     >>> given("train", torch.optim.SGD).make(nn.Linear(2, 1), 0.5).defaults["lr"]
     0.5

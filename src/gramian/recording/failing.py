@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gramian.batch import described
 from gramian.errors import GramianError, InputError
 from gramian.objective import Objective
+from gramian.recording.hooks import hooks
 from gramian.recording.measuring import measuring
 
 __all__ = ["check_runs", "naming_the_layer"]
@@ -39,12 +40,10 @@ def check_runs(caller: str, model: nn.Module, batch: Any, objective: Objective) 
         batch: one batch.
         objective: gives the loss.
 
-    Returns: nothing.
     Raises:
         InputError: a module cannot run on what it is given, with its name, the input and what it wants.
         Exception: what the model's own code raises, as it is.
     Cost: a forward pass.
-    Source: this library's own.
     """
     names = {module: name for name, module in model.named_modules()}
     running: list[tuple[nn.Module, tuple[Any, ...]]] = []
@@ -56,10 +55,10 @@ def check_runs(caller: str, model: nn.Module, batch: Any, objective: Objective) 
         if running and running[-1][0] is module:
             running.pop()
 
-    hooks = [m.register_forward_pre_hook(enter) for m in names]
-    hooks += [m.register_forward_hook(leave) for m in names]
+    handles = [m.register_forward_pre_hook(enter) for m in names]
+    handles += [m.register_forward_hook(leave) for m in names]
     try:
-        with measuring(model), torch.enable_grad():  # a loss may differentiate on its way
+        with hooks(handles), measuring(model), torch.enable_grad():  # a loss may differentiate on its way
             objective.loss(model, batch)
     except (GramianError, torch.OutOfMemoryError):
         raise
@@ -68,9 +67,6 @@ def check_runs(caller: str, model: nn.Module, batch: Any, objective: Objective) 
             raise
         module, given = running[-1]
         raise InputError(f"{caller}: {_told(names[module], module, given)} ({_first_line(error)})") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -87,7 +83,6 @@ def naming_the_layer(caller: str, batch: Any, objective: Objective, *models: nn.
     Raises:
         InputError: as `check_runs`; where the models run, the body's own error is raised as it is.
     Cost: none; where the body fails, a forward pass of each model.
-    Source: this library's own.
     """
     try:
         yield

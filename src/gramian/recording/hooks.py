@@ -17,9 +17,6 @@ def hooks(handles: Sequence[Any]) -> Iterator[None]:
         handles: what registering them returned.
 
     Returns: the context manager.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
 
     >>> from torch import nn
     >>> layer = nn.Identity()

@@ -1,4 +1,4 @@
-"""What a forward pass may change, kept and put back: values, storage, attributes, gradients and random states."""
+"""What a forward pass may change, kept and put back: values, storage, attributes and gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Kept", "keeping", "kept_random", "noted_random", "own_gradients", "seed_torch", "seeded"]
+from gramian.seeding import kept_random
+
+__all__ = ["Kept", "keeping", "own_gradients"]
 
 # How far objects and containers in a module's attributes are followed.
 DEPTH = 4
@@ -38,9 +40,7 @@ class Kept:
     Args:
         objects: modules, batches, functions.
 
-    Raises: nothing of its own.
     Cost: a copy of all tensors, in main memory.
-    Source: this library's own.
 
     >>> layer = nn.Linear(2, 2)
     >>> layer.calls = [1]
@@ -237,124 +237,6 @@ def _nothing() -> None:
 
 
 @contextmanager
-def kept_random() -> Iterator[None]:
-    """A context after which torch's random state, of all devices, and Python's and NumPy's are what they were.
-
-    Returns: the context manager.
-    Raises: nothing of its own.
-    Cost: a copy of the states.
-    Source: this library's own.
-
-    >>> torch.manual_seed(0).initial_seed()
-    0
-    >>> with kept_random():
-    ...     first = torch.rand(3), random.random()
-    >>> torch.equal(first[0], torch.rand(3)), first[1] == random.random()
-    (True, True)
-    """
-    put_back = noted_random()
-    try:
-        yield
-    finally:
-        put_back()
-
-
-def noted_random() -> Callable[[], None]:
-    """Notes the random states that `kept_random` keeps.
-
-    Returns: a function that makes them what they are now.
-    Raises: nothing of its own.
-    Cost: a copy of the states.
-    Source: this library's own.
-
-    >>> put_back = noted_random()
-    >>> first = torch.rand(3)
-    >>> put_back()
-    >>> torch.equal(first, torch.rand(3))
-    True
-    """
-    undo: list[Callable[[], Any]] = [partial(torch.set_rng_state, torch.get_rng_state())]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        undo.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-    if torch.backends.mps.is_available():
-        undo.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
-    undo.append(partial(random.setstate, random.getstate()))
-    undo.append(partial(np.random.set_state, np.random.get_state()))  # noqa: NPY002 (the global one)
-
-    def put_back() -> None:
-        for one in undo:
-            one()
-
-    return put_back
-
-
-def seed_torch(seed: int) -> None:
-    """As `torch.manual_seed`, which without an accelerator takes a millisecond, and keeps a traceback of each call.
-
-    Args:
-        seed: of the generators of all devices.
-
-    Returns: nothing.
-    Raises: nothing of its own.
-    Cost: next to none.
-    Source: torch.
-
-    >>> with kept_random():
-    ...     seed_torch(3)
-    ...     torch.initial_seed()
-    3
-    """
-    if torch.accelerator.is_available():
-        torch.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """A context with the global generators of torch, Python and NumPy seeded; then they are what they were.
-
-    Args:
-        seed: of all of them.
-
-    Returns: the context manager.
-    Raises: nothing of its own.
-    Cost: a copy of the states.
-    Source: this library's own.
-
-    >>> with seeded(0):
-    ...     first = torch.rand(3), random.random()
-    >>> with seeded(0):
-    ...     torch.equal(first[0], torch.rand(3)), first[1] == random.random()
-    (True, True)
-    """
-    with kept_random():
-        seed_all(seed)
-        yield
-
-
-def seed_all(seed: int) -> None:
-    """Seed the global generators of torch, Python and NumPy.
-
-    Args:
-        seed: of all of them.
-
-    Returns: nothing.
-    Raises: nothing of its own.
-    Cost: next to none.
-    Source: this library's own.
-
-    >>> with kept_random():
-    ...     seed_all(3)
-    ...     torch.initial_seed()
-    3
-    """
-    seed_torch(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (what the user's code draws from)
-
-
-@contextmanager
 def own_gradients(model: nn.Module) -> Iterator[None]:
     """A context in which no parameter has a gradient at first; then each has again the one that it had.
 
@@ -362,9 +244,7 @@ def own_gradients(model: nn.Module) -> Iterator[None]:
         model: any module.
 
     Returns: the context manager.
-    Raises: nothing of its own.
     Cost: a pass over the parameters.
-    Source: this library's own.
 
     >>> layer = nn.Linear(1, 1)
     >>> with own_gradients(layer):
@@ -393,9 +273,7 @@ def keeping(model: nn.Module, *others: Any) -> Iterator[Kept]:
         others: as `Kept` takes them.
 
     Returns: the context manager, which gives the `Kept`.
-    Raises: nothing of its own.
     Cost: a copy of the parameters and buffers.
-    Source: this library's own.
 
     >>> layer = nn.BatchNorm1d(2)
     >>> with keeping(layer):

@@ -24,9 +24,7 @@ class KeptBatches:
     Args:
         batches: as `Kept` takes them.
 
-    Raises: nothing of its own.
     Cost: a copy of all tensors; then a pass over the tensors of a batch for each pass.
-    Source: this library's own.
 
     >>> batch = torch.ones(2, 2)
     >>> kept = KeptBatches([batch])

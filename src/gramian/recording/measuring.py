@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.recording.keeping import kept_random, own_gradients
+from gramian.recording.keeping import own_gradients
+from gramian.seeding import kept_random
 
 __all__ = ["batch_statistics", "by_modules", "eager", "evaluating", "measuring", "training"]
 
@@ -64,9 +65,7 @@ def training(model: nn.Module) -> Iterator[None]:
         model: any module.
 
     Returns: the context manager.
-    Raises: nothing of its own.
     Cost: a copy of the buffers.
-    Source: this library's own.
 
     >>> layer = nn.BatchNorm1d(2)
     >>> with training(layer):
@@ -96,9 +95,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         model: any module.
 
     Returns: the context manager.
-    Raises: nothing of its own.
     Cost: a pass over the modules.
-    Source: this library's own.
 
     >>> layer = nn.BatchNorm1d(1)
     >>> with batch_statistics(layer):
@@ -130,9 +127,6 @@ def by_modules() -> Iterator[None]:
     `nn.TransformerEncoder` then keeps its padding.
 
     Returns: the context manager.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
 
     >>> with by_modules():
     ...     print(torch.backends.mha.get_fastpath_enabled())

@@ -92,7 +92,6 @@ def in_vmap() -> bool:
 
     Returns: a bool.
     Raises: nothing.
-    Cost: none.
     Source: torch's stack of function transforms.
 
     >>> in_vmap(), torch.vmap(lambda t: t + in_vmap())(torch.zeros(2)).tolist()

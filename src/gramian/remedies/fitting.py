@@ -16,6 +16,7 @@ from gramian.calls import called, prepared
 from gramian.errors import GramianError, some
 from gramian.inspection.weights.trained import signs_of, trainable
 from gramian.objective import Objective, as_objective
+from gramian.recording.hooks import hooks
 from gramian.recording.measuring import evaluating
 from gramian.remedies.performing import Setting
 from gramian.report import Action, Finding, Layer, Report
@@ -146,10 +147,8 @@ def fitted(report: Report, setting: Setting) -> Report:
         setting: what it reports on; left as it is.
 
     Returns: a report.
-    Raises: nothing of its own.
     Cost: where an action needs it, a copy of the model, two forward passes, and the signs of training, from singular
         values that the report has.
-    Source: this library's own.
 
     >>> from gramian.report import Finding
     >>> net, own = nn.Bilinear(2, 2, 1), lambda model, batch: model(batch[0], batch[1]).square().mean()
@@ -176,11 +175,8 @@ def _recorded(module: nn.Module, run: Callable[[], Any]) -> list[dict[str, Any]]
     def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
         calls.append({"args": args, "kwargs": kwargs})
 
-    hook = module.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with hooks([module.register_forward_pre_hook(note, with_kwargs=True)]):
         run()
-    finally:
-        hook.remove()
     return calls
 
 

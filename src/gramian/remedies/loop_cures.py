@@ -13,6 +13,7 @@ from gramian.batch import main_input, mapped
 from gramian.errors import GramianError
 from gramian.inspection.experiments.replaying import Replay
 from gramian.objective import as_objective
+from gramian.recording.hooks import hooks
 from gramian.recording.measuring import evaluating
 from gramian.remedies.asked import Asked, Propose
 from gramian.remedies.performing import Setting
@@ -47,14 +48,10 @@ def last_function(asked: Asked) -> Iterator[Action]:
     called: list[str] = []
     outputs: list[Any] = []
     leaves = [(n, m) for n, m in asked.model.named_modules() if n and not any(True for _ in m.children())]
-    hooks = [m.register_forward_hook(lambda _m, _i, _o, name=n: called.append(name)) for n, m in leaves]
-    hooks.append(asked.model.register_forward_hook(lambda _m, _i, output: outputs.append(output)))
-    try:
-        with evaluating(asked.model), torch.enable_grad():
-            _predicted(asked.setting)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    handles = [m.register_forward_hook(lambda _m, _i, _o, name=n: called.append(name)) for n, m in leaves]
+    handles.append(asked.model.register_forward_hook(lambda _m, _i, output: outputs.append(output)))
+    with hooks(handles), evaluating(asked.model), torch.enable_grad():
+        _predicted(asked.setting)
     if called and isinstance(asked.model.get_submodule(called[-1]), kinds) and called.count(called[-1]) == 1:
         yield Action("remove", {"module": called[-1]})
     elif len(outputs) == 1 and _are_probabilities(outputs[0]):

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from gramian.objective import Objective, as_objective
-from gramian.recording.keeping import seeded
+from gramian.recording.hooks import hooks
 from gramian.recording.measuring import batch_statistics, eager, evaluating
 from gramian.remedies.performing import Setting, perform
 from gramian.report import Action
+from gramian.seeding import seeded
 
 __all__ = ["MOMENTS", "Measure", "Rehearsed", "rehearse"]
 
@@ -143,11 +144,8 @@ def _plain(measure: Measure, trained: Setting, batches: Sequence[Any], step: int
             return output.mean(0, keepdim=True).expand_as(output)
         return None
 
-    hook = trained.model.register_forward_hook(averaged)
-    try:
+    with hooks([trained.model.register_forward_hook(averaged)]):
         found = measure.loss(trained, batches, step)
-    finally:
-        hook.remove()
     return found if found != loss else math.inf
 
 

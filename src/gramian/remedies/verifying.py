@@ -16,12 +16,12 @@ from torch import Tensor
 from gramian.errors import GramianError, GramianWarning, some
 from gramian.init import signs_of_training
 from gramian.inspection import inspect
-from gramian.recording.keeping import seeded
 from gramian.remedies.judging import is_as_low, is_higher, is_lower, is_no_worse, learns, why_not
 from gramian.remedies.performing import OF_THE_LOSS, OnInput, Setting, perform
 from gramian.remedies.proposals import proposals
 from gramian.remedies.rehearsing import MOMENTS, Measure, Rehearsed, rehearse
 from gramian.report import Action, Finding, Rehearsal, Report
+from gramian.seeding import seeded
 
 __all__ = ["NUM_SEEDS", "verified"]
 

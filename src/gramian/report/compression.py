@@ -4,104 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from .contenders import AS_CUT, FOUR_BITS, Contender, PlannedLayer, times
 from .document import Document, Picture, Section, Series, Table, Tile
 from .formatting import plural
 from .serial import jsonable
 
-__all__ = ["FOUR_BITS", "Contender", "Outcome", "PlannedLayer", "Ratio"]
-
-FOUR_BITS = "4 bits"
-"""The name of the form in which all layers have integers of four bits."""
+__all__ = ["Outcome"]
 
 PLAIN = ("bfloat16", "int8")
 """Names of the forms that need no plan."""
 
 ALIKE = 0.95
 """A form whose speed is surely more than this share of another's is no slower."""
-
-
-class Ratio(NamedTuple):
-    """How many times as fast one thing is measured to be as another.
-
-    Attributes:
-        median: of pairs that were measured one after the other.
-        low: the lower end of an interval of 95 %.
-        high: its upper end.
-    """
-
-    median: float
-    low: float
-    high: float
-
-    @property
-    def seen(self) -> bool:
-        """Whether there is a difference at all: the interval excludes 1."""
-        return self.low > 1 or self.high < 1
-
-    @property
-    def ends(self) -> str:
-        """The interval."""
-        return f"{_times(self.low)}–{_times(self.high)}"
-
-    def __str__(self) -> str:
-        return f"{_times(self.median)}× ({self.ends})" if self.seen else f"no difference seen ({self.ends})"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One form of the model: dense, compressed, bfloat16, int8.
-
-    Args:
-        name: of the form.
-        parameters: how many.
-        bytes: of its weights.
-        quality: the held-out measure; `None` where it could not be evaluated.
-        latency_one, latency_many: milliseconds of a forward pass, at batch 1 and at the larger batch.
-        speed_one, speed_many: how many times as fast as the dense model it is, at batch 1 and at the larger batch.
-        beside_one, beside_many: how many times as fast as the compressed model.
-        note: why something was not measured, or what must be known of it.
-        others: the evaluation's other numbers, such as those of a second domain.
-    """
-
-    name: str
-    parameters: int | None
-    bytes: int | None
-    quality: float | None = None
-    latency_one: float | None = None
-    latency_many: float | None = None
-    speed_one: Ratio | None = None
-    speed_many: Ratio | None = None
-    beside_one: Ratio | None = None
-    beside_many: Ratio | None = None
-    note: str = ""
-    others: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One layer of the model and what was decided about it.
-
-    Args:
-        name: of the module.
-        shape: (m, n), empty where the layer could not be factored.
-        rank: that it keeps; `None` where it stays dense.
-        saved: parameters that it loses.
-        why: the reason.
-        energy: the share of what the layer means to the loss that it keeps; `None` where it stays as it is.
-        units: of its input, how many heads, units or channels stay, and of how many; where the model is narrowed.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    rank: int | None
-    saved: int
-    why: str
-    energy: float | None = None
-    units: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,16 +32,17 @@ class Outcome:
         measure: the name of the held-out measure.
         better: `"higher"`, `"lower"`, or empty where the measure tells nothing.
         keep: the chosen share of the parameters or bytes.
-        contenders: dense first, compressed second, then the alternatives.
+        contenders: dense first, compressed second, then that before its refit, if any, and the alternatives.
         curve: pairs of the share that is kept and the measure.
         layers: in the order of the model.
         batch: samples of the larger batch.
-        predicted: the rise of the loss that the plan predicts.
+        predicted: the rise of the loss that the plan predicts for what it cuts, before a refit.
         predicted_text: the same with its interval, and on which data, in words.
         seconds: that calibrating and factoring took.
         notes: what must be known before the result is used.
         remarks: what was done beside it, such as a refit.
-        for_speed: whether speed was asked and not size, so that an alternative need not be smaller.
+        max_drop: by how much the measure was allowed to become worse, where that was asked.
+        speedup: how many times as fast it was to be, where that was asked; an alternative then need not be smaller.
         share_of: what the shares are of, "parameters" or "bytes".
         waited: the share of passes' time that was spent waiting for a processor.
     """
@@ -140,7 +59,8 @@ class Outcome:
     predicted: float
     seconds: float
     notes: tuple[str, ...] = ()
-    for_speed: bool = False
+    max_drop: float | None = None
+    speedup: float | None = None
     share_of: str = "parameters"
     waited: float = 0.0
     predicted_text: str = ""
@@ -171,19 +91,34 @@ class Outcome:
         for other in self.contenders[2:]:
             larger = (other.bytes or 0) > (self.compressed.bytes or 0)
             planned = other.name == self.asked or other.name not in (*PLAIN, FOUR_BITS)
-            if planned or other.quality is None or (not self.for_speed and larger) or self._drop(other) > self.drop:
+            if planned or other.quality is None or (self.speedup is None and larger) or self._drop(other) > self.drop:
                 continue
             where = self._slower(other)
             (found if where in found else slower).setdefault(where, []).append(other.name)
-        smaller = "" if self.for_speed else "smaller, "
+        smaller = "smaller, " if self.speedup is None else ""
         if found["no"]:
             return f"use {_either(found['no'])} instead: {smaller}no worse and no slower"
-        if self.for_speed:
+        if self.speedup is not None:
             return ""
         if found["unseen"]:
             return f"consider {_either(found['unseen'])}: {smaller}no worse, and not seen to be slower"
         told = [f"{_either(names)} {where}" for where, names in slower.items()]
         return f"smaller and no worse: {'; '.join(told)}" if told else ""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether what was asked is met: a drop or a speed that was measured; else, whether nothing speaks against it.
+
+        A share of the parameters or bytes says nothing of quality or speed, so notes, a lower speed than the dense
+        model's and a form that serves better without a plan all count then.
+        """
+        if self.max_drop is not None and self.better:
+            return self.drop <= self.max_drop
+        if self.speedup is not None:
+            speeds = (self.compressed.speed_one, self.compressed.speed_many)
+            return all(ratio is not None and ratio.median >= self.speedup for ratio in speeds)
+        served = self.better != "" and self.drop > 0 and bool(self.advice)
+        return not (served or self.notes or self._slower_than_dense())
 
     @property
     def verdict(self) -> str:
@@ -212,15 +147,13 @@ class Outcome:
 
     def to_document(self, *, plots: bool = True) -> Document:
         """The page: headline numbers, the curve, the alternatives, the layers."""
-        bad = self.better != "" and self.drop > 0 and bool(self.advice)
         return Document(
             title=f"{self.title}: {self.asked}",
             verdict=self.verdict,
-            status="warning" if bad or self.notes or self._slower_than_dense() else "good",
+            status="good" if self.is_good else "warning",
             tiles=self._tiles(),
             sections=[self._choice(plots), self._per_layer()],
-            footer=f"calibrated and factored in {self.seconds:.1f} s · predicted rise of the loss: "
-            f"{self.predicted_text or format(self.predicted, '.2g')} · times are medians of passes in turns on this "
+            footer=f"calibrated and factored in {self.seconds:.1f} s · times are medians of passes in turns on this "
             "machine, and speeds those of pairs of neighbors, with an interval of 95 %",
         )
 
@@ -232,13 +165,13 @@ class Outcome:
             Tile(f"Held-out {self.measure}", _shown(small.quality), f"dense {_shown(dense.quality)}", "after"),
         ]
         if small.speed_one is not None:
-            value = f"{_times(small.speed_one.median)}×" if small.speed_one.seen else "unchanged"
+            value = f"{times(small.speed_one.median)}×" if small.speed_one.seen else "unchanged"
             tiles.append(Tile("Speed at batch 1", value, f"{small.speed_one.ends} of the dense model's", "after"))
         return tiles
 
     def _choice(self, plots: bool) -> Section:
-        direction = f" {self.better.capitalize()} is better." if self.better else ""
-        told = (*self.notes, *self.remarks, *(f"{c.name}: {c.note}" for c in self.contenders if c.note))
+        made, direction = self.contenders, f" {self.better.capitalize()} is better." if self.better else ""
+        told = (*self.notes, *self.remarks, self._prediction(), *(f"{c.name}: {c.note}" for c in made if c.note))
         lines = [f"- {note}" for note in told]
         others = [*self.dense.others]
         rows = [
@@ -246,13 +179,13 @@ class Outcome:
                 c.name,
                 c.quality,
                 c.bytes,
-                *(r and f"{_times(r.median)} ({r.ends})" for r in (c.speed_one, c.speed_many)),
+                *(r and f"{times(r.median)} ({r.ends})" for r in (c.speed_one, c.speed_many)),
                 c.latency_one,
                 c.latency_many,
                 *(c.others.get(name) for name in others),
                 c.parameters,
             ]
-            for c in self.contenders
+            for c in made
         ]
         speeds = ["× at 1", f"× at {self.batch}", "ms at 1", f"ms at {self.batch}"]
         table = Table(
@@ -265,6 +198,12 @@ class Outcome:
         if plots and len(self.curve) > 1:
             items.insert(0, self._picture())
         return Section("Quality over size", "\n".join([direction.strip(), *lines]).strip(), items)
+
+    def _prediction(self) -> str:
+        """What the plan predicts, and of which model."""
+        text = self.predicted_text or format(self.predicted, ".2g")
+        refit = any(c.name == AS_CUT for c in self.contenders)
+        return f"predicted rise of the objective's loss by what the plan cuts{f', {AS_CUT}' if refit else ''}: {text}"
 
     def _picture(self) -> Picture:
         curve = sorted(point for point in self.curve if math.isfinite(point[1]))
@@ -291,7 +230,7 @@ class Outcome:
             "Ranks, and why",
             "What loses least for its parameters or bytes is kept, in one list over all layers; ranks by the weighted "
             "singular values, σ² for each parameter that they cost. Energy is the share of a layer's σ² that is kept.",
-            [Table("Layers", ["layer", "shape", "rank", "energy, %", "saved", "note"], rows)],
+            [_by_layer(["layer", "shape", "rank", "energy, %", "saved"], rows)],
         )
 
     def _per_units(self) -> Section:
@@ -303,7 +242,7 @@ class Outcome:
             "The heads, hidden units and channels of a layer's input that lose least for their parameters go, in one "
             "list over all layers; what stays makes up for them. Energy is the share that is kept of what they mean to "
             "the loss.",
-            [Table("Layers", ["layer", "kept", "of", "energy, %", "saved", "note"], rows)],
+            [_by_layer(["layer", "kept", "of", "energy, %", "saved"], rows)],
         )
 
     def _slower(self, other: Contender) -> str:
@@ -332,6 +271,13 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
+def _by_layer(columns: list[str], rows: Sequence[Sequence[str | float | int | None]]) -> Table:
+    """A table of layers, with their notes where there is one."""
+    if any(row[-1] for row in rows):
+        return Table("Layers", [*columns, "note"], rows)
+    return Table("Layers", columns, [row[:-1] for row in rows])
+
+
 def _note(row: PlannedLayer) -> str:
     return "" if row.energy is not None else row.why
 
@@ -342,7 +288,3 @@ def _either(names: Sequence[str]) -> str:
 
 def _shown(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}" if value < 9.995 else f"{value:.0f}"

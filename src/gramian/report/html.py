@@ -101,9 +101,9 @@ def save(document: Document, path: str | os.PathLike[str]) -> None:
     write_text(path, render(document))
 
 
-def frame(document: Document, height: int = 720) -> str:
+def frame(document: Document) -> str:
     """Return the page inside an `<iframe>`, which keeps a notebook's styles and the page's apart."""
-    style = f"width:100%;height:{height}px;border:1px solid #8884;border-radius:8px"
+    style = "width:100%;height:720px;border:1px solid #8884;border-radius:8px"
     attributes = f'style="{style}" title="{escape(visible(document.title))}"'
     return f'<iframe sandbox="allow-scripts" {attributes} srcdoc="{escape(render(document))}"></iframe>'
 
@@ -227,8 +227,8 @@ def _cells(table: Table) -> Figure:
                 f"table {table.title!r}: row {place} has {len(row)} cells and the table {len(table.columns)} columns. "
                 "Give one cell per column; None where a value is unknown."
             )
-    rows = [[_cell(value) for value in row] for row in table.rows]
-    numeric = [any(row[c].key is not None for row in rows) for c in range(len(table.columns))]
+    numeric = [any(_is_number(row[c]) for row in table.rows) for c in range(len(table.columns))]
+    rows = [[_cell(value, of) for value, of in zip(row, numeric, strict=True)] for row in table.rows]
     return Figure(table, numeric=numeric, rows=rows)
 
 
@@ -243,10 +243,15 @@ def _detail(detail: Detail) -> dict[str, Any]:
     }
 
 
-def _cell(value: object) -> Cell:
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _cell(value: Any, numeric: bool) -> Cell:
+    """A value as it is shown, and what it is sorted by; one that is not known stands as the others of its column do."""
     if value is None:
-        return Cell(number(value), "")
-    if isinstance(value, bool) or not isinstance(value, Real):
+        return Cell(number(value), "" if numeric else None)
+    if not _is_number(value):
         return Cell(number(value), None)
     key = float(value)
     return Cell(number(value), "" if math.isnan(key) else repr(key))

@@ -68,10 +68,6 @@ def unpadded(console: Console) -> Iterator[Console]:
     Args:
         console: where to print.
 
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
-
     >>> with unpadded(Console(width=20)) as out:
     ...     out.print("short ")
     short

@@ -203,6 +203,6 @@ def autoencoder(*, dim: int = 8, seed: int = 0) -> Task:
     return Task(model, Objective.reconstruction(), batches, evaluate, name="autoencoder", pictures=pictures)
 
 
-def _mosaic(images: Tensor, side: int = 4) -> list[list[float]]:
-    """The first images, side by side in a square, as rows of pixels."""
-    return images[: side * side].reshape(side, side, 8, 8).transpose(1, 2).reshape(8 * side, 8 * side).tolist()
+def _mosaic(images: Tensor) -> list[list[float]]:
+    """The first 16 images, side by side in a square, as rows of pixels."""
+    return images[:16].reshape(4, 4, 8, 8).transpose(1, 2).reshape(32, 32).tolist()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gramian.errors import TaskError
 from gramian.objective import Objective
-from gramian.recording.keeping import seeded
+from gramian.seeding import seeded
 from gramian.training import Task
 
 __all__ = ["mnist1d"]

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from gramian.compression.budget.points import losses_of
-from gramian.compression.calibration.calibrating import Measure, around_output
+from gramian.compression.calibration.calibrating import around_output
+from gramian.compression.calibration.measure import Measure
 from gramian.compression.calibration.reading import Reader
 from gramian.compression.fitting.refitting import pair_of
 from gramian.compression.layers.lowrank import LowRank

@@ -17,8 +17,8 @@ from gramian import placement
 from gramian.errors import GramianWarning, InputError
 from gramian.objective import as_objective
 from gramian.optim.given import given
-from gramian.recording.keeping import seeded
 from gramian.report import Report
+from gramian.seeding import seeded
 from gramian.training import agreement, page, start
 from gramian.training.checks import check_best, check_inputs, check_model, check_path, check_state, identity_of
 from gramian.training.folder import Folder, read

@@ -38,7 +38,6 @@ def samples_trained_on(run: str | Path, task: Task) -> int | None:
     Raises:
         TaskError: of the task's batches.
     Cost: reading up to four epochs of them.
-    Source: this library's own.
     """
     path = Path(run)
     path = path / MODEL if path.is_dir() else path

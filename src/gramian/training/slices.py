@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gramian import placement
 from gramian.errors import GramianWarning, InputError, some
-from gramian.recording.keeping import seed_all
+from gramian.seeding import seed_all
 from gramian.training.agreement import Share
 
 __all__ = ["Slices", "check_slices", "clip_"]

@@ -16,7 +16,7 @@ from gramian.calls import prepared
 from gramian.errors import TaskError, some
 from gramian.inspection.live.gradients import all_finite
 from gramian.objective import Objective
-from gramian.recording.keeping import kept_random
+from gramian.seeding import kept_random
 from gramian.training import agreement
 from gramian.training.augmentation import augmented, mixed
 from gramian.training.direct import forget_gradients, step_of

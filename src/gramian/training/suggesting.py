@@ -15,7 +15,7 @@ from gramian.objective import as_objective
 from gramian.optim.learning_rate import LearningRate
 from gramian.optim.rehearsals import JUDGES, NUM_STEPS, NoRateError
 from gramian.optim.suggestion import suggest_lr
-from gramian.recording.keeping import seeded
+from gramian.seeding import seeded
 from gramian.training import start
 from gramian.training.checks import check_model
 from gramian.training.task import Task, as_task, calling

@@ -48,7 +48,8 @@ class Task:
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean`.
         train_batches: `train_batches(epoch, generator)` gives the batches of one epoch; the generator is for shuffling.
             Or what gives them in every epoch: a `DataLoader` or a list.
-        evaluate: `evaluate(model) -> {"accuracy": …}` returns held-out numbers by name.
+        evaluate: `evaluate(model) -> {"accuracy": …}` returns held-out numbers by name. Names but `loss`, `step` and
+            `seconds`, which are the run's own: `held_out_loss`.
         name: for reports.
         source: what tells the task from others when a run is resumed, as its file's path and function; by default its
             name.
@@ -199,8 +200,6 @@ def as_task(task: Any) -> Task:
     Returns: the task.
     Raises:
         InputError: it is no `Task`, with what to write.
-    Cost: none.
-    Source: this library's own.
 
     >>> as_task(nn.Linear(2, 1))
     Traceback (most recent call last):

@@ -68,7 +68,6 @@ def fill(layers: Sequence[Candidates], budget: int) -> list[int | None]:
     Returns:
         For each layer a rank, or `None` for dense.
 
-    Raises: nothing of its own.
     Cost: one sort of all singular values.
     Source: the greedy algorithm for the multiple-choice knapsack problem (Sinha & Zoltners 1979).
 
@@ -117,7 +116,6 @@ def uniform(layers: Sequence[Candidates], budget: int) -> list[int | None]:
     Returns:
         For each layer a rank; all `None` where the budget holds all of them dense.
 
-    Raises: nothing of its own.
     Cost: none to speak of.
     Source: the definition.
 

@@ -112,7 +112,6 @@ def choices(s: WeightedSVD, itemsize: int) -> Choices:
     Returns:
         Those on the lower convex hull of losses over bytes.
 
-    Raises: nothing of its own.
     Cost: none to speak of.
     Source: the definition.
     """
@@ -150,7 +149,6 @@ def mix(layers: Sequence[Choices], budget: int) -> list[Form]:
     Returns:
         A form for each layer.
 
-    Raises: nothing of its own.
     Cost: one sort of all steps.
     Source: the greedy algorithm for the multiple-choice knapsack problem (Sinha & Zoltners 1979).
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gramian.batch import num_samples
 from gramian.calls import prepared
-from gramian.compression.calibration.calibrating import Measure
+from gramian.compression.calibration.measure import Measure
 from gramian.compression.layers.lowrank import matrix_of
 from gramian.compression.layers.modules import submodule
 from gramian.layers import layout_of
@@ -30,6 +30,8 @@ __all__ = ["Kept", "kept_on_new_data"]
 
 FOLDS = 8
 """As many gradients of the factored layers are in memory at once."""
+FOLDED_BYTES = 2**30
+"""What these may take where the number of samples that the model was trained on is not said, but assumed."""
 TAIL = 0.05
 """Of an interval of nine in ten, on either side."""
 STUDENT = 1.895
@@ -42,10 +44,12 @@ class Kept(NamedTuple):
     Attributes:
         share: at most about 1; negative where the model knows its training data by heart.
         error: half the interval of 90 %.
+        assumed: whether the number of samples that the model was trained on was not said.
     """
 
     share: float
     error: float
+    assumed: bool = False
 
     def added(self, labels: float, divergence: float) -> tuple[float, float, float]:
         """What labels add to a rise on new data, between the least and the most that it may be in nine of ten cases.
@@ -81,12 +85,12 @@ def kept_on_new_data(plans: Sequence[Any], measure: Measure) -> list[Kept | None
 
     Args:
         plans: of ranks, of one model.
-        measure: batches that the model was trained on, and how many samples there were in all.
+        measure: batches that the model was trained on, and how many samples there were in all, or are assumed to be.
 
     Returns:
         For each plan `⟨Qg, Qg'⟩ / (⟨Qg, Qg'⟩ + tr(QΣ)/N)`, with the gradients g and g' of different folds along what is
         cut and the covariance Σ of single samples', and a jackknife interval; `None` where there are fewer than FOLDS
-        batches, or no layer is cut whose weight is a parameter.
+        batches, no layer is cut whose weight is a parameter, or N is assumed and the gradients are too large for that.
 
     Raises: as the objective.
     Cost: a backward pass of each batch, and FOLDS gradients in memory; for each plan two QR decompositions for each
@@ -100,20 +104,24 @@ def kept_on_new_data(plans: Sequence[Any], measure: Measure) -> list[Kept | None
     model = plans[0].model
     layers = {s.name: submodule(model, s.name) for s in plans[0].spectra}
     layers = {name: layer for name, layer in layers.items() if layer._parameters.get("weight") is not None}
+    numel = sum(layer.get_parameter("weight").numel() for layer in layers.values())
+    if measure.assumed and 4 * FOLDS * numel > FOLDED_BYTES:
+        return [None] * len(plans)
     folds = [batches[i::FOLDS] for i in range(FOLDS)]
     gradients = [_gradient(model, layers, fold, measure) for fold in folds]
     sizes = [sum(num_samples(batch) for batch in fold) for fold in folds]
-    return [_kept(_along(plan, gradients), sizes, measure.trained_on) for plan in plans]
+    return [_kept(_along(plan, gradients), sizes, measure) for plan in plans]
 
 
-def _kept(along: Tensor | None, sizes: Sequence[int], num: int) -> Kept | None:
-    if along is None:
+def _kept(along: Tensor | None, sizes: Sequence[int], measure: Measure) -> Kept | None:
+    num = measure.trained_on
+    if along is None or num is None:
         return None
     products = (along @ along.mT).double()
     whole, *others = (_share(products, sizes, [i for i in range(FOLDS) if i != left], num) for left in range(-1, FOLDS))
     mean = sum(others) / FOLDS
     error = STUDENT * math.sqrt((FOLDS - 1) / FOLDS * sum((one - mean) ** 2 for one in others))
-    return Kept(whole, error) if math.isfinite(whole + error) else None
+    return Kept(whole, error, measure.assumed) if math.isfinite(whole + error) else None
 
 
 def _share(products: Tensor, sizes: Sequence[int], chosen: Sequence[int], num: int) -> float:

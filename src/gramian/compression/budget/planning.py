@@ -19,9 +19,10 @@ from gramian.compression.budget.mixing import Form
 from gramian.compression.budget.plan import SMALLEST, Plan
 from gramian.compression.budget.predicting import Rises
 from gramian.compression.budget.weighted import WeightedSVD, decompose
-from gramian.compression.calibration.calibrating import Calibration, Measure, calibrate
+from gramian.compression.calibration.calibrating import Calibration, calibrate
 from gramian.compression.calibration.correcting import corrected
 from gramian.compression.calibration.exchanging import exchanged
+from gramian.compression.calibration.measure import Measure
 from gramian.compression.calibration.targets import Target, targets
 from gramian.compression.calibration.weighting import Uncaptured, weighting
 from gramian.compression.layers.lowrank import LowRank, matrix_of
@@ -81,8 +82,8 @@ def compress(
         batches: as in `gm.capture`, in place of `stats`; they are read once, and an eighth is kept to measure the rise
             of the loss on. With `stats`, all of them (a list) are for measuring.
         held_out: a list of batches that the model was not trained on, to measure on in place of these. On new data the
-            rise may be another than on training data: without them, `plan.predicted` has the rise on data like the
-            calibration's, and an interval for new data, which is wide.
+            rise may be another than on training data: without them, `plan.predicted` has a wide interval, and a number
+            as if `batches` were all that the model was trained on.
         trained_on: where nothing was held out, the number of samples that the model was trained on, of which `batches`
             are all or some: then `plan.predicted` of ranks tells of new data, from how far the gradients of different
             batches agree.
@@ -199,7 +200,8 @@ def compress(
     empty = {s.name: Form() for s in spectra}
     plan = Plan(own, tuple(spectra), 1.0, empty, reasons, of, tuple(notes), ranked)
     if calibration.measure is not None:
-        plan = replace(plan, rises=Rises(None, None, calibration.measure.against(own)))
+        measure = calibration.measure.assuming(calibration.samples)
+        plan = replace(plan, rises=Rises(None, None, measure.against(own)))
     if calibration.measure is not None and calibration.measure.seen:
         few = "the rise of the loss was measured on the calibration batch itself, which flatters it"
         plan = replace(plan, notes=(*plan.notes, few))

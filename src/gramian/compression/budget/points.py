@@ -12,7 +12,7 @@ from torch import nn
 
 from gramian.calls import prepared
 from gramian.compression.budget.optimism import Kept
-from gramian.compression.calibration.calibrating import Measure
+from gramian.compression.calibration.measure import Measure
 from gramian.recording import evaluating
 from gramian.recording.failing import naming_the_layer
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from gramian.compression.budget.optimism import Kept, kept_on_new_data
 from gramian.compression.budget.points import Point, measured_points
-from gramian.compression.calibration.calibrating import Measure
+from gramian.compression.calibration.measure import Measure
 
 __all__ = ["REMOVED", "Predicted", "Rises", "predict"]
 
@@ -169,7 +169,6 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
         itself where nothing was measured. Where the data may be those that the model was trained on, the rise is that
         on such data, and the interval one for new data; with `Point.kept` both are for new data.
 
-    Raises: nothing of its own.
     Cost: none to speak of.
     Source: the rise is `½ Σ σ²` as that goes to zero, and a power of it between points that are near.
 
@@ -194,16 +193,20 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
         return Predicted(rise, rise - half, rise + half, outside == 0)
     ends = Point(left.estimate, left.divergence, 0.0), Point(right.estimate, right.divergence, 0.0)
     moved, _ = _between(estimate, *ends)
-    if right.kept is not None:
-        low, added, high = _kept(estimate, left, right, right.kept).added(rise - moved, moved)
-        half = math.hypot(error, rough * (abs(moved) + abs(added)))
-        rise = moved + added
-        low, high = rise - math.hypot(half, added - low), rise + math.hypot(half, high - added)
-        return Predicted(rise, low, high, outside == 0)
     least, most, beyond = ON_NEW_DATA
-    low = min(rise - half, least * moved)
-    high = rise + half + (most - 1) * moved + (beyond - 1) * max(rise - moved, 0.0)
-    return Predicted(rise, low, high, outside == 0, seen=True)
+    widest = (
+        min(rise - half, least * moved),
+        rise + half + (most - 1) * moved + (beyond - 1) * max(rise - moved, 0.0),
+    )
+    if right.kept is None:
+        return Predicted(rise, *widest, outside == 0, seen=True)
+    low, added, high = _kept(estimate, left, right, right.kept).added(rise - moved, moved)
+    half = math.hypot(error, rough * (abs(moved) + abs(added)))
+    rise = moved + added
+    low, high = rise - math.hypot(half, added - low), rise + math.hypot(half, high - added)
+    if right.kept.assumed:  # which may be wrong
+        low, high = min(low, widest[0]), max(high, widest[1])
+    return Predicted(rise, low, high, outside == 0)
 
 
 def _between(estimate: float, left: Point, right: Point) -> tuple[float, float]:
@@ -224,7 +227,10 @@ def _kept(estimate: float, left: Point, right: Point, last: Kept) -> Kept:
     if left.kept is None or left.estimate <= 0 or estimate >= right.estimate:
         return last
     share = math.log(estimate / left.estimate) / math.log(right.estimate / left.estimate)
-    return Kept(*((1 - share) * a + share * b for a, b in zip(left.kept, last, strict=True)))
+    one, other = left.kept, last
+    return last._replace(
+        share=(1 - share) * one.share + share * other.share, error=(1 - share) * one.error + share * other.error
+    )
 
 
 def _roughness(known: Sequence[Point]) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gramian import placement
 from gramian.batch import tensors
 from gramian.calls import prepared
+from gramian.compression.calibration.measure import Measure
 from gramian.compression.calibration.reading import MOST_FOLDED, MOST_SEEN, Reader
 from gramian.errors import InputError
 from gramian.gram import Gram
@@ -22,15 +23,14 @@ from gramian.loader import Batches, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.recording import capture, evaluating
 from gramian.recording.collective import Collective, collective_of
+from gramian.recording.hooks import hooks
 from gramian.recording.onepass import captured
 from gramian.recording.recorder import WITHOUT_AUTOGRAD
 from gramian.site import Site
 from gramian.statistics import Statistics
 
-__all__ = ["Calibration", "Measure", "around_output", "calibrate", "draws_for"]
+__all__ = ["Calibration", "around_output", "calibrate", "draws_for"]
 
-REMEMBERED = 2**24
-"""Numbers of the model's outputs that are kept while smaller models are compared with them."""
 ENOUGH, ROWS, EVERY = 8, 32, 4
 """From so many batches, and so many rows for each dimension of every G on, one batch of so many is differentiated. A
 decides how a layer is cut, and G only what it counts, so that G may have fewer rows; a backward pass with its Grams
@@ -41,33 +41,6 @@ VANISHES = (
 )
 MOST_DRAWS = 8
 """How often labels are drawn for a batch, at most, where there are too few batches for so many rows."""
-
-
-@dataclass
-class Measure:
-    """What tells how much worse a smaller model is: batches that the statistics have not seen, and a loss.
-
-    Args:
-        batches: as they came.
-        objective: whose mean loss rises.
-        seen: whether the statistics are of the same batches, since there were no others.
-        more: batches that the statistics have seen, for more labels.
-        new: whether the model was not trained on them, as its user says.
-        trained_on: how many samples the model was trained on, these among them, as its user says.
-    """
-
-    batches: list[Any]
-    objective: Objective
-    seen: bool = False
-    more: list[Any] = field(default_factory=list)
-    new: bool = False
-    trained_on: int | None = None
-
-    def against(self, model: nn.Module) -> Measure:
-        """The same, where the targets are the outputs of a model, with those of this one, which does not change."""
-        if self.objective.against is None:
-            return self
-        return replace(self, objective=self.objective.against(model, remember=REMEMBERED))
 
 
 @dataclass
@@ -243,11 +216,8 @@ def around_output(objective: Objective) -> Objective:
 
     def predict(model: nn.Module, batch: Any) -> Any:
         returned: list[Any] = []
-        handle = model.register_forward_hook(lambda module, args, output: returned.append(output))
-        try:
+        with hooks([model.register_forward_hook(lambda module, args, output: returned.append(output))]):
             objective.predict(model, batch)
-        finally:
-            handle.remove()
         found = [one for one in returned if any(t.requires_grad for t in tensors(one))] or returned
         if not found:
             raise InputError(

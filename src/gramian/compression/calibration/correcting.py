@@ -55,7 +55,6 @@ def corrected(
     Returns:
         As many decompositions. What rounding and zeros cost is scaled by a factor of its own.
 
-    Raises: nothing of its own.
     Cost: that of `by_sample`; and where not all layers are linear, `SAMPLES` backward passes, and as many products of
     each other layer's gradient with its factors.
     Source: the eigenvalues of EKFAC (George et al. 1806.03884, eq. 10), summed over what is cut.

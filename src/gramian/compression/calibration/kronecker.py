@@ -24,7 +24,6 @@ def joined(rows: Sequence[Roots], columns: Sequence[Roots]) -> tuple[Roots, Root
     Returns:
         The roots for rows, and those for columns.
 
-    Raises: nothing of its own.
     Cost: as `nearest_kronecker`, and an eigendecomposition of each side.
     Source: `nearest_kronecker`.
 
@@ -59,7 +58,6 @@ def nearest_kronecker(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> tupl
     Returns:
         R and C: sums of the Rᵢ, and of the Cᵢ, with weights that are not negative.
 
-    Raises: nothing of its own.
     Cost: an inner product of each two on a side.
     Source: Van Loan & Pitsianis (1993), in the space of the given matrices, by a power iteration.
 

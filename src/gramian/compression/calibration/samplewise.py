@@ -18,6 +18,7 @@ from gramian.compression.layers.lowrank import matrix_of
 from gramian.layers import operation_of
 from gramian.objective import Objective
 from gramian.recording import evaluating
+from gramian.recording.hooks import hooks
 from gramian.recording.taps import tapped
 
 __all__ = ["Seen", "by_sample", "draws_of", "rounding_ratio", "samples_of"]
@@ -104,7 +105,6 @@ def by_sample(
         For a layer that is not linear, not called as a module, shared, or called with other rows than samples have,
         `None`.
 
-    Raises: nothing of its own.
     Cost: a forward pass and few backward passes of some 320 samples, without gradients of weights, and two products of
     each layer's rows with its factors.
     Source: per-sample gradients of linear layers as outer products (Goodfellow 1510.01799).
@@ -138,12 +138,9 @@ def _pass(
     for seen, layer in live:
         hook = lambda module, args, output, seen=seen: seen.enter(args[0], output, leaf, num)  # noqa: E731
         handles.append(layer.register_forward_hook(hook))
-    try:
+    with hooks(handles):
         batch = prepared(model, given)
         output = objective.predict(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     _, units = objective.checked(objective.criterion(output, batch), empty=True)
     for more in reversed(range(draws if units > 0 else 0)):
         loss = torch.stack(list(objective.losses(output, batch, "sampled", generator))).sum()

@@ -76,7 +76,6 @@ def shrunk_mean(moment: Gram | DiagonalGram, rows: float) -> Tensor:
     Returns:
         The mean in float64.
 
-    Raises: nothing of its own.
     Cost: none to speak of.
     Source: the positive-part estimator of James & Stein (1961).
 
@@ -105,7 +104,6 @@ def pooled(moment: Gram | DiagonalGram, entry: int, rows: Tensor) -> Gram | Diag
     Returns:
         The second moment, whose count is the number of rows that it stands for.
 
-    Raises: nothing of its own.
     Cost: a sum of the batch.
     Source: shrinkage towards a target (Ledoit & Wolf, J. Multivariate Analysis 88, 2004), its error that of Gaussian
     rows (Chen et al. 0907.4698, eq. 17).
@@ -205,7 +203,6 @@ def shrunk(values: Tensor, rows: float, *, seen: float | None = None) -> Tensor:
     Returns:
         The eigenvalues.
 
-    Raises: nothing of its own.
     Cost: `d²` operations.
     Source: quadratic-inverse shrinkage (Ledoit & Wolf, Bernoulli 28, 2022, §4).
 

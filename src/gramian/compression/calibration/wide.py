@@ -40,7 +40,6 @@ def eigen(m: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The eigenvalues in float64; the eigenvectors in float64, or from WIDE on in float32.
 
-    Raises: nothing of its own.
     Cost: an eigendecomposition; from WIDE on one in float32, and a tenth of it. Accuracy: that of the dtype, beside the
     largest eigenvalue that is not far above the others.
     Source: subspace iteration with Ritz vectors (Halko, Martinsson & Tropp 0909.4061, alg. 4.4), and deflation.

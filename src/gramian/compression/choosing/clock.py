@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gramian.report.compression import Ratio
+from gramian.report.contenders import Ratio
 
 __all__ = ["Race", "fused_kernels", "race"]
 

@@ -18,7 +18,7 @@ from gramian.compression.layers.quantized import Quantized
 from gramian.compression.storage.plans import AnyPlan
 from gramian.compression.units.narrow_plan import NarrowPlan
 from gramian.errors import InputError
-from gramian.report.compression import FOUR_BITS, Contender, PlannedLayer
+from gramian.report.contenders import AS_CUT, FOUR_BITS, Contender, PlannedLayer
 
 __all__ = ["contenders", "line", "planned_layers"]
 
@@ -31,16 +31,18 @@ def contenders(
     tried: Tried,
     speeds: Speeds,
     tell: Callable[[str, float, str], None],
+    cut: nn.Module | None = None,
 ) -> tuple[Contender, ...]:
     """The dense model, the compressed one, and both in the forms that need no plan; and the plan's 4 bits.
 
     Args:
         plan: that was chosen.
         dense: the model as it came.
-        small: `plan.apply()`.
+        small: `plan.apply()`, refit or not.
         tried: what is evaluated.
         speeds: the batches whose passes are timed.
         tell: called as `tell(stage, share done, remark)`.
+        cut: `plan.apply()` where the compressed model is refit; as fast, so that its passes are not timed.
     """
     models: dict[str, nn.Module] = {"dense": dense, "compressed": small.eval()}
     failed: dict[str, str] = {}
@@ -76,6 +78,10 @@ def contenders(
         beside = {"beside_one": one.ratio(name, "compressed"), "beside_many": many.ratio(name, "compressed")}
         held: Any = times | speed | beside
         rows.append(Contender(name, parameters, num_bytes(model), quality, note=note, others=others, **held))
+    if cut is not None:
+        others = tried.quality.all_of(cut)
+        quality = others.pop(tried.quality.measure)
+        rows.insert(2, Contender(AS_CUT, rows[1].parameters, num_bytes(cut), quality, others=others))
     tell("Measure", 1.0, "")
     rows += [Contender(name, None, None, note=why) for name, why in failed.items()]
     return tuple(rows)

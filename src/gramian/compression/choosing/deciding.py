@@ -6,105 +6,34 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from gramian.calls import as_model, unwrapped
-from gramian.compression.budget.plan import Plan, check_budget
+from gramian.compression.budget.plan import Plan
 from gramian.compression.choosing.contending import contenders, planned_layers
 from gramian.compression.choosing.making import plan_for
 from gramian.compression.choosing.measuring import FORMS
 from gramian.compression.choosing.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares, smallest
 from gramian.compression.choosing.speeds import Speeds, paced
+from gramian.compression.choosing.target import Target
 from gramian.compression.fitting.refitting import refit
 from gramian.compression.layers.lowrank import LowRank
 from gramian.compression.storage.plans import AnyPlan
 from gramian.compression.units.narrowing import may_narrow
 from gramian.errors import InputError
 from gramian.objective import Objective, as_objective
-from gramian.report.compression import Contender, Outcome, Ratio
+from gramian.report.compression import Outcome
+from gramian.report.contenders import AS_CUT, Contender, Ratio
 
 REFITS = 5
 """Halvings of the interval in which a share is looked for that refitting makes good enough."""
 
-__all__ = ["Decision", "Target", "decide"]
+__all__ = ["Decision", "decide"]
 
 Progress = Callable[[str, float, str], None]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is asked of a compression: one of these, or `keep` with `bits`.
-
-    Args:
-        keep: share of all the model's parameters.
-        max_drop: by how much the held-out measure may become worse, in its own unit.
-        speedup: how many times as fast a forward pass must be, at batch 1 and at the larger batch.
-        size: share of all the model's bytes.
-        bits: of every layer's integers, 2 to 8.
-        sparsity: share of the weights that become zero, or a pattern, `"2:4"`.
-        by: what `max_drop` makes small: "parameters", by ranks alone, or "bytes", by all forms.
-        narrow: whether heads, units and channels are removed, as by `gm.narrow`, in place of cutting ranks.
-    """
-
-    keep: float | None = None
-    max_drop: float | None = None
-    speedup: float | None = None
-    size: float | None = None
-    bits: int | None = None
-    sparsity: float | str | None = None
-    by: Literal["parameters", "bytes"] = "parameters"
-    narrow: bool = False
-
-    def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in ("keep", "max_drop", "speedup", "size", "bits", "sparsity")}
-        asked = [name for name, value in given.items() if value is not None]
-        if len(asked) != 1 and asked != ["keep", "bits"]:
-            raise InputError(
-                "compress: give one of keep, max_drop, speedup, size, bits and sparsity, or keep with bits; "
-                f"got {' and '.join(asked) or 'none'}"
-            )
-        check_budget(self.keep, self.size, self.bits, self.sparsity)
-        if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
-            raise InputError(f"compress: max_drop must be a number of at least 0, got {self.max_drop:g}")
-        if self.speedup is not None and not 1 < self.speedup < math.inf:
-            raise InputError(f"compress: speedup must be above 1, got {self.speedup:g}")
-        if self.by == "bytes" and self.max_drop is None:
-            raise InputError("compress: by='bytes' says what max_drop makes small; give max_drop, or size in its place")
-        wrong = [name for name in asked if name not in ("keep", "max_drop", "speedup")]
-        if self.narrow and (wrong or self.by == "bytes"):
-            raise InputError(
-                f"compress: narrow takes keep, max_drop or speedup, and not {' and '.join(wrong) or 'by bytes'}. "
-                "Narrow first, and compress the narrower model in a second run"
-            )
-
-    def __str__(self) -> str:
-        text = self._text()
-        return f"{text}, by fewer heads, units and channels" if self.narrow else text
-
-    def _text(self) -> str:
-        if self.keep is not None:
-            return f"keep {self.keep:.0%} of the parameters{f', in {self.bits} bits' if self.bits else ''}"
-        if self.max_drop is not None:
-            return f"lose at most {self.max_drop:g}{'' if self.by == 'parameters' else ' in the fewest bytes'}"
-        if self.size is not None:
-            return f"keep {self.size:.0%} of the bytes"
-        if self.bits is not None:
-            return f"{self.bits} bits"
-        return f"{self.sparsity} zeros" if self.sparsity is not None else f"{self.speedup:g}× as fast"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What `Plan.at` is asked for, where nothing has to be searched."""
-        given = {name: getattr(self, name) for name in ("keep", "size", "bits", "sparsity")}
-        return {name: value for name, value in given.items() if value is not None}
-
-    @property
-    def budget(self) -> str:
-        """What the shares of the search and the curve are of: "keep" of the parameters, "size" of the bytes."""
-        return "size" if self.size is not None or self.by == "bytes" else "keep"
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +94,6 @@ def decide(
 
     Cost: a calibration, a factorization, an evaluation for each share that is tried (about 10, and 8 more for a
     search), and the latencies of up to 6 forms.
-    Source: this library's own.
 
     >>> import torch
     >>> net, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2)), torch.randn(64, 16)
@@ -203,16 +131,17 @@ def decide(
         plan = plan.at(**target.options) if target.options else tried.at(keep)
         fit = _Refitting(model, batches, objective, tried, tell)
         found = fit(plan, keep)
-        if target.max_drop is not None and found.fitted:
+        if target.max_drop is not None and found.cut is not None:
             found = fit.smaller(found, target.max_drop)
-        plan, keep, small, remark = found.plan, found.keep, found.model, found.remark
+            tell("Refit", 1.0, found.told)  # of the one that is taken, not of the last that was tried
+        plan, keep, small = found.plan, found.keep, found.model
         if not target.bits and not target.sparsity:
             tried(keep)
         if curve:
             for share in shares(plan, budget):
                 tried(share)
         tell("Evaluate", 1.0, f"{budget} {keep:.3f}")
-        made = contenders(plan, model, small, tried, speeds, tell)
+        made = contenders(plan, model, small, tried, speeds, tell, found.cut)
         notes = [*_notes(tried, target, made, speeds, small)]
     finally:
         model.train(was)
@@ -231,8 +160,9 @@ def decide(
         seconds=seconds,
         waited=speeds.waited,
         notes=(*plan.notes, *notes),
-        remarks=remark,
-        for_speed=target.speedup is not None,
+        remarks=tuple(filter(None, (found.remark,))),
+        max_drop=target.max_drop,
+        speedup=target.speedup,
         share_of="bytes" if target.budget == "size" else "parameters",
     )
     return Decision(plan, small, outcome)
@@ -240,13 +170,24 @@ def decide(
 
 @dataclass(frozen=True, eq=False)
 class _Refitted:
-    """A plan's model; `fitted` where it was refit and is better for it, `quality` then its held-out number."""
+    """A plan's model; where it was refit and is better for it, also the model before it, and its held-out number.
+
+    Args:
+        plan: whose model it is.
+        keep: its share.
+        model: the better one.
+        remark: for the report.
+        cut: of `plan.apply()`, where `model` is refit.
+        told: for the line of progress.
+        quality: of the refit model.
+    """
 
     plan: AnyPlan
     keep: float
     model: nn.Module
-    remark: tuple[str, ...] = ()
-    fitted: bool = False
+    remark: str = ""
+    cut: nn.Module | None = None
+    told: str = ""
     quality: float = math.nan
 
 
@@ -268,15 +209,16 @@ class _Refitting:
         try:
             fitted = refit(small, self.dense, self.batches, self.objective)
         except InputError as error:
-            return _Refitted(plan, keep, small, (f"not refit: {error}",))
+            return _Refitted(plan, keep, small, f"not refit: {error}")
         before, after = quality.of(small), quality.of(fitted)
         is_better = quality.drop(after) < quality.drop(before)
-        self.tell("Refit", 1.0, f"{quality.measure} {before:.4g} → {after:.4g}{'' if is_better else ', dropped'}")
+        change = f"{self.tried.budget} {keep:.3f}: {quality.measure} {before:.4g} → {after:.4g}"
+        told = change if is_better else f"{change}, no better: not refit"
+        self.tell("Refit", 1.0, told)
         if not is_better:
-            return _Refitted(plan, keep, small)
-        change = f"{quality.measure} {before:.4g} before, {after:.4g} after"
-        remark = f"layers were refit to the dense model's outputs: {change}; the curve is without"
-        return _Refitted(plan, keep, fitted, (remark,), True, after)
+            return _Refitted(plan, keep, small, told=told)
+        remark = f"layers were refit to the dense model's outputs; the curve, and {AS_CUT!r}, are without"
+        return _Refitted(plan, keep, fitted, remark, small, told, after)
 
     def smaller(self, found: _Refitted, max_drop: float) -> _Refitted:
         """A smaller share whose refit model loses no more than is allowed, since refitting won back a part of it."""
@@ -284,7 +226,7 @@ class _Refitting:
         for _ in range(REFITS):
             middle = math.sqrt(low * found.keep)
             trial = self(self.tried.at(middle), middle)
-            if trial.fitted and self.tried.quality.drop(trial.quality) <= max_drop:
+            if trial.cut is not None and self.tried.quality.drop(trial.quality) <= max_drop:
                 found = trial
             else:
                 low = middle

@@ -60,7 +60,6 @@ def plan_for(
         CheckpointError: the file is another plan.
         InputError: as `gm.compress`, on every rank.
     Cost: that of `gm.compress`; with n ranks, about an n-th of it, and a sum of all Grams.
-    Source: this library's own.
     """
     tell = progress or (lambda stage, share, remark: None)
     if plan_file is not None and placement.any_rank(Path(plan_file).exists()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from gramian.compression.layers.modules import copied, module_name, replaced
 from gramian.compression.layers.quantized import Quantized, multiplies_integers
 from gramian.compression.layers.rounding import rounded
 from gramian.layers import operation_of
+from gramian.recording.tracking import tensors_of
 
 __all__ = ["FORMS", "in_bfloat16", "in_int8", "num_bytes", "samples"]
 
@@ -59,7 +60,7 @@ FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {"bfloat16": in_bfloat16, "
 
 def num_bytes(model: nn.Module) -> int:
     """Bytes of the model's tensors, a shared one once, packed ones of quantized layers included."""
-    held = {id(value): value for value in _flat(model.state_dict(keep_vars=True).values())}
+    held = {id(value): value for value in tensors_of(model.state_dict(keep_vars=True).values())}
     return sum(value.numel() * value.element_size() for value in held.values())
 
 
@@ -83,11 +84,3 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_cast(item, dtype) for item in value)
     return value
-
-
-def _flat(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _flat(value)

@@ -14,7 +14,7 @@ from gramian.autograd import Ungraded
 from gramian.compression.storage.plans import AnyPlan
 from gramian.compression.units.narrow_plan import NarrowPlan
 from gramian.errors import InputError
-from gramian.report.compression import Ratio
+from gramian.report.contenders import Ratio
 
 __all__ = ["Quality", "Tried", "by_drop", "by_speed", "shares"]
 

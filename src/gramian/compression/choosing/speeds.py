@@ -20,7 +20,7 @@ from gramian.compression.layers.building import built, tied
 from gramian.compression.layers.modules import submodule
 from gramian.objective import Objective
 from gramian.recording.hooks import hooks
-from gramian.report.compression import Ratio
+from gramian.report.contenders import Ratio
 
 __all__ = ["Speeds", "paced"]
 
@@ -99,7 +99,6 @@ def paced(plan: Plan, speeds: Speeds, tell: Callable[[float, str], None]) -> Pla
 
     Raises: what a layer raises.
     Cost: up to twelve races of a tenth of a second for each shape.
-    Source: this library's own.
     """
     names = [name for s in plan.spectra for name in (s.name, *s.tied)]
     layers = {name: submodule(plan.model, name) for name in names}

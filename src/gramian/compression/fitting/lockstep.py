@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from gramian.recording.hooks import hooks
 from gramian.recording.tracking import name_of, tensors_of
 
 __all__ = ["Stop", "Walk", "watched"]
@@ -165,7 +166,6 @@ def watched(layers: Mapping[str, nn.Module]) -> Iterator[None]:
     Args:
         layers: by name; each called with one tensor.
     """
-    handles = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple, Any], None]:
         def enter(module: nn.Module, args: tuple, output: Any) -> None:
@@ -175,10 +175,5 @@ def watched(layers: Mapping[str, nn.Module]) -> Iterator[None]:
 
         return enter
 
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_hook(hook(name), prepend=True))
+    with hooks([layer.register_forward_hook(hook(name), prepend=True) for name, layer in layers.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -30,6 +30,7 @@ from gramian.layers import operation_of
 from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective, differentiates
 from gramian.recording import evaluating
+from gramian.recording.hooks import hooks
 from gramian.recording.recorder import MAX_DIM
 
 __all__ = ["refit"]
@@ -317,12 +318,8 @@ def _once(pairs: Mapping[str, tuple[nn.Module, nn.Module]], run: Callable[[], An
     handles = [
         layer.register_forward_hook(lambda *_, name=name: calls.update([name])) for name, (_, layer) in pairs.items()
     ]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks(handles), torch.no_grad():
+        run()
     return {name for name, num in calls.items() if num == 1}
 
 

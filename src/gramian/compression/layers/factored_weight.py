@@ -36,7 +36,6 @@ class FactoredWeight(Tensor):
     Raises:
         UnsupportedError: an operation in place, which would change a product that nobody keeps.
     Cost: none, until its entries are asked for; then one product of the factors, each time.
-    Source: this library's own.
 
     >>> weight = FactoredWeight(lambda: torch.ones(2, 1) @ torch.ones(1, 3), torch.ones(1), (2, 3))
     >>> weight.shape, weight.dtype, weight.sum()

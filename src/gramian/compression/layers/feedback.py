@@ -124,7 +124,6 @@ def feedback_of(inputs: Roots, outputs: Roots, rows: float = math.inf) -> Feedba
     Returns:
         The feedback, its factor in float32.
 
-    Raises: nothing of its own.
     Cost: a product, a Cholesky decomposition and a triangular inverse.
     Source: GPTQ (Frantar et al. 2210.17323, §3.3, steps 1 and 3); the order is its `act-order`.
 
@@ -170,7 +169,6 @@ def settle(w: Tensor, feedback: Feedback, rule: Rule, step: int = 1) -> tuple[Te
     Returns:
         The matrix (m, n), and what each row's errors cost, `Σ_j e_j² / U_jj²`, (m,).
 
-    Raises: nothing of its own.
     Cost: `m n²` multiplications.
     Source: GPTQ (Frantar et al. 2210.17323, algorithm 1), which is the optimal brain surgeon's update (Hassibi & Stork
     1992) along a fixed order.

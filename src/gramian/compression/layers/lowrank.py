@@ -24,7 +24,6 @@ class TransposedLinear(nn.Module):
         in_features, out_features: the sides of W.
         device, dtype: of W.
 
-    Raises: nothing of its own.
     Cost: memory for an uninitialized matrix.
     Source: the definition.
 

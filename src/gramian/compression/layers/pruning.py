@@ -57,7 +57,6 @@ def saliencies(w: Tensor, feedback: Feedback) -> Tensor:
     Returns:
         (m, n), in the unit of the loss.
 
-    Raises: nothing of its own.
     Cost: none to speak of.
     Source: the optimal brain surgeon's saliency (Hassibi & Stork 1992), along a fixed order.
 
@@ -78,7 +77,6 @@ def shares_of_zeros(layers: Sequence[tuple[Tensor, Feedback]], share: float) -> 
     Returns:
         A share for each layer; none above `MOST_ZEROS`, which the others make up for.
 
-    Raises: nothing of its own.
     Cost: a sort of all saliencies.
     Source: the definition.
 
@@ -126,7 +124,6 @@ def pruned(w: Tensor, share: float | Pattern, feedback: Feedback) -> Tensor:
     Returns:
         (m, n).
 
-    Raises: nothing of its own.
     Cost: `m n²` multiplications.
     Source: SparseGPT (Frantar & Alistarh 2301.00774), §3.3 and §3.4; here inputs of small moments are settled first,
     and rows compete by what their output counts.

@@ -37,7 +37,6 @@ def multiplies_integers(device: str) -> bool:
     Returns:
         Whether the product of the largest integers is exact.
 
-    Raises: nothing of its own.
     Cost: one small product, once.
     Source: oneDNN's documentation on int8 arithmetic: `vpmaddubsw` saturates.
 

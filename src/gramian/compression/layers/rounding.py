@@ -57,7 +57,6 @@ def scales_of(w: Tensor, bits: int, group: int, costs: Tensor | None = None, rea
     Returns:
         (m, number of groups), bfloat16; zero where all weights are.
 
-    Raises: nothing of its own.
     Cost: twelve roundings of the matrix.
     Source: this library's own; the code for the largest magnitude is that of llama.cpp's Q4_0.
 
@@ -101,7 +100,6 @@ def rounded(w: Tensor, bits: int, group: int, feedback: Feedback | None = None) 
     Returns:
         The codes and scales.
 
-    Raises: nothing of its own.
     Cost: `2 m n²` multiplications, and half as many for each time that a row is rounded again.
     Source: GPTQ (Frantar et al. 2210.17323), with scales that are fixed before, so that they do not depend on the
     order; damping by the number of rows in place of a fixed share of the mean diagonal.
@@ -180,7 +178,6 @@ def noise(w: Tensor, bits: int, group: int, feedback: Feedback) -> float:
     Returns:
         The cost, if each error is spread evenly over a step between two codes.
 
-    Raises: nothing of its own.
     Cost: a search of scales.
     Source: the variance of a rounding error (Widrow 1956), and the cost of an error in `feedback` beside it.
 
@@ -209,9 +206,7 @@ def noises(w: Tensor, feedback: Feedback) -> tuple[float, ...]:
     Returns:
         A cost for each number of bits.
 
-    Raises: nothing of its own.
     Cost: a QR decomposition, and `n²` multiplications for each of `6 · SAMPLE` rows.
-    Source: this library's own.
 
     >>> one = torch.ones(64)
     >>> found = noises(torch.linspace(-1, 1, 64)[None], Feedback(torch.arange(64), one, one[:1]))

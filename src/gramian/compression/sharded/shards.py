@@ -63,7 +63,6 @@ class Shards:
         CheckpointError: the folder has no config or weights, or they do not fit each other.
         UnsupportedError: the model has no list of blocks, or its parts share weights.
     Cost: the time to build the modules; headers are read, and no tensor.
-    Source: this library's own.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

@@ -41,7 +41,6 @@ class Spool:
     Raises:
         CheckpointError: the folder cannot be made; later, where the disk is full.
     Cost: one write or read of what is asked for.
-    Source: this library's own.
 
     >>> import torch
     >>> spool = Spool()

@@ -19,7 +19,7 @@ SLICED_KEYS = {"shapes", "numbers"}
 """Its keys."""
 
 FEATURES = {
-    "rows": ("out_features", "out_channels", "nf", "num_features"),
+    "rows": ("out_features", "out_channels", "nf", "num_features", "num_channels"),
     "columns": ("in_features", "in_channels", "nx"),
 }
 """What layers call the number of their outputs and inputs."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gramian.checkpoint.faults import first_line
 from gramian.compression.budget.weighted import WeightedSVD
 from gramian.compression.layers.lowrank import matrix_of
 from gramian.compression.layers.modules import clean_module_name, copied, submodule
 from gramian.compression.storage.slicing import FEATURES, sliced_
 from gramian.compression.units.attention_heads import rows_of_heads
-from gramian.compression.units.flow import Units, is_elementwise, is_near
+from gramian.compression.units.flow import Units
+from gramian.compression.units.watching import is_elementwise, is_near
 from gramian.layers import layer_of, layout_of
 from gramian.recording import evaluating
 
@@ -35,15 +38,19 @@ def numbers_for(model: nn.Module, units: Units, call: Callable[[nn.Module], Tens
     """
     channels = _channels(submodule(model, units.name))
     outputs = {sum(len(p.outputs) for p in units.parts if p.name == part.name) for part in units.parts}
+    wrong = ""
     for sizes in (set(), {units.num}, {channels}, {units.num, channels, *outputs}):
         numbers = _numbers(model, units, sizes)
         if sizes and not numbers:
             continue
-        if all(_is_right(model, units, numbers, num, call) for num in {units.num // 2, units.num - 1}):
+        wrong = next(
+            filter(None, (_wrong(model, units, numbers, n, call) for n in {units.num // 2, units.num - 1})), ""
+        )
+        if not wrong:
             return numbers
     return (
-        "with fewer inputs of this layer the model fails or computes something else: its code fixes their number, or "
-        "joins them with other ones (torch.cat)"
+        f"with fewer inputs of this layer {wrong}: code fixes their number, another layer takes them too, or they are "
+        "added to or joined with (torch.cat) other ones"
     )
 
 
@@ -69,9 +76,10 @@ def _numbers(model: nn.Module, units: Units, sizes: set[int]) -> dict[str, dict[
     return found
 
 
-def _is_right(
+def _wrong(
     model: nn.Module, units: Units, numbers: dict[str, dict[str, int]], num: int, call: Callable[[nn.Module], Tensor]
-) -> bool:
+) -> str:
+    """What is wrong with the model that keeps `num` of the units; empty where nothing is."""
     stay = torch.arange(units.num)[units.num - num :]
     gone = torch.arange(units.num)[: units.num - num]
     consumer = submodule(model, units.name)
@@ -82,13 +90,20 @@ def _is_right(
         weight = submodule(made, units.name).get_parameter("weight")
         weight.index_fill_(_dims(consumer)[1], columns.to(weight.device), 0.0)
         wanted = call(made)
-    cut_(made, units, stay, numbers)
     try:
+        cut_(made, units, stay, numbers)
         with evaluating(made), torch.no_grad():
             found = call(made)
-    except (RuntimeError, ValueError, IndexError):  # what a model says of a shape that does not fit may be anything
-        return False
-    return is_near(found, wanted)
+    except (RuntimeError, ValueError, IndexError) as error:  # what is said of a shape that does not fit may be anything
+        return f"{_raising(made, error)} fails ({first_line(error)})"
+    return "" if is_near(found, wanted) else "the model computes something else"
+
+
+def _raising(model: nn.Module, error: BaseException) -> str:
+    """The innermost module of a model in whose forward pass an error was raised."""
+    names = {id(module): clean_module_name(name) for name, module in model.named_modules()}
+    through = (names.get(id(frame.f_locals.get("self"))) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next(filter(None, reversed(list(through))), "the model")
 
 
 def _channels(layer: nn.Module) -> int:
@@ -140,6 +155,8 @@ def _slice_(layer: nn.Module, along: dict[str, int], side: str, at: Tensor) -> N
     if side == "rows" and is_elementwise(layer) and layer_of(layer).operation == "convolution":
         names = (*names, *FEATURES["columns"], "groups")
     numbers = {name: len(at) for name in names if type(vars(layer).get(name)) is int}
+    if isinstance(layer, nn.GroupNorm):
+        numbers["num_groups"] = layer.num_groups * len(at) // layer.num_channels
     sliced_(layer, {name: (dim, at) for name, dim in along.items()}, numbers)
 
 

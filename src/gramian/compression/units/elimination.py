@@ -45,7 +45,6 @@ def eliminated(w: Tensor, weighting: Weighting, num: int) -> Elimination:
         weighting: of its two sides.
         num: units, each of n / num columns in a row.
 
-    Raises: nothing of its own.
     Cost: half of `n² (n + 2 m)` multiplications in float64, which go through memory: seconds at n = 1,536.
     Source: optimal brain surgeon (Hassibi & Stork 1992, eq. 5), of whole columns; of several at once: Kurtic et al.
     (ZipLM, 2302.04089, eq. 4).

@@ -8,28 +8,26 @@ compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import tensors
 from gramian.block import Block
 from gramian.compression.layers.modules import clean_module_name
-from gramian.layers import layer_of, layout_of, operation_of
+from gramian.compression.units.watching import Watch, channel_dim, is_elementwise
+from gramian.layers import layout_of
 from gramian.recording import evaluating
 
-__all__ = ["Part", "Units", "channel_dim", "find_units", "is_elementwise", "is_near"]
+__all__ = ["Part", "Units", "find_units"]
 
 BEFORE = 12
 """Layers before a consumer that are tried as producers."""
+PROBES = 8
+"""Outputs of a producer that are tried beside its largest: what comes after may be off."""
 FUSED = 4
 """The most matrices that are looked for in one, as the four gates of an LSTM."""
-NEAR = 1e-4
-"""A relative difference that is rounding: heads that are summed in another order differ by it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def find_units(
     Cost: up to some dozens of forward passes for each consumer.
     """
     layers = {clean_module_name(name): module for name, module in model.named_modules()}
-    watch = _Watch(layers, call)
+    watch = Watch(layers, call)
     with evaluating(model), torch.no_grad():
         watch.record()
         found: list[Units] = []
@@ -100,7 +98,7 @@ def _not_watched(name: str, layers: Mapping[str, nn.Module]) -> str:
     return "not run, or run several times"
 
 
-def _units_of(name: str, blocks: Mapping[str, Block], watch: _Watch) -> Units | str:
+def _units_of(name: str, blocks: Mapping[str, Block], watch: Watch) -> Units | str:
     n = watch.inputs[name].shape[channel_dim(watch.layers[name], inputs=True)]
     at = watch.order.index(name)
     parts: list[tuple[Part, int]] = []
@@ -117,22 +115,45 @@ def _units_of(name: str, blocks: Mapping[str, Block], watch: _Watch) -> Units | 
     return Units(name, num, tuple(part for part, _ in reversed(parts)))
 
 
-def _why_none(name: str, blocks: Mapping[str, Block], watch: _Watch) -> str:
+def _why_none(name: str, blocks: Mapping[str, Block], watch: Watch) -> str:
     """Why nothing that produces a layer's inputs can lose units."""
     own = watch.inputs[name]
-    if any(x.numel() == own.numel() and torch.equal(x.flatten().to(own), own.flatten()) for x in watch.given):
-        return "its inputs are the model's own"
+    for known, why in ((watch.given, "the model's own"), (watch.recurrent, "a recurrent module's, which stays whole")):
+        if any(x.numel() == own.numel() and torch.equal(x.flatten().to(own), own.flatten()) for x in known):
+            return f"its inputs are {why}"
+    whole = next(
+        (n for n in reversed(watch.order[: watch.order.index(name)]) if not is_elementwise(watch.layers[n])), ""
+    )
+    if whole and whole not in blocks and watch.reaches(name, whole):
+        return f"its inputs come from {whole}, which stays whole"
     before = [one for one in watch.order[: watch.order.index(name)] if one in blocks]
-    every = {
-        one: torch.arange(watch.outputs[one].shape[channel_dim(watch.layers[one], inputs=False)]) for one in before
-    }
-    into = watch.run(every, until=name)
-    if into is not None and not bool(watch.changed(name, into).any()):
+    if not watch.reaches(name, *before):
         return "its inputs come from no layer that can be narrowed, as from a table or a recurrent module"
+    norm = _mixing(name, before, watch)
+    if norm:
+        kind = type(watch.layers[norm]).__name__
+        return f"{norm} ({kind}) before it normalizes all its inputs together, so that none goes without a trace"
     return "its inputs reach other layers too, or mix before they reach it"
 
 
-def _fused(name: str, blocks: Mapping[str, Block], watch: _Watch, n: int) -> list[Tensor]:
+def _mixing(name: str, before: Sequence[str], watch: Watch) -> str:
+    """A norm between a layer and the one that produces its inputs, which makes all channels depend on each."""
+    at = watch.order.index(name)
+    for producer in reversed(before[-BEFORE:]):
+        zero = {producer: torch.tensor(_probes(producer, watch.all_of(producer), watch)[:1])}
+        into = watch.run(zero, until=name)
+        if into is None or not bool(watch.changed(name, into).any()):
+            continue
+        for norm in watch.order[watch.order.index(producer) + 1 : at]:
+            layer = watch.layers[norm]
+            given = watch.run(zero, until=norm) if is_elementwise(layer) else None
+            if given is not None and int(watch.changed(norm, given).sum()) == 1 and watch.mixes(norm, given):
+                return norm
+        return ""
+    return ""
+
+
+def _fused(name: str, blocks: Mapping[str, Block], watch: Watch, n: int) -> list[Tensor]:
     """The outputs of a layer, of each fused part by itself, where their number goes with the consumer's inputs."""
     layer, block = watch.layers[name], blocks.get(name)
     rows = 0 if block is None else block.shape[-2]
@@ -153,9 +174,11 @@ def _fused(name: str, blocks: Mapping[str, Block], watch: _Watch, n: int) -> lis
     return list(block.split(plain.join(whole[:, None].expand(plain.matrices)))[..., 0])
 
 
-def _granularity(consumer: str, producer: str, outputs: Tensor, watch: _Watch) -> int:
+def _granularity(consumer: str, producer: str, outputs: Tensor, watch: Watch) -> int:
     """Into how many units a producer's outputs fall, the most there can be; 0 where it is none."""
     m = len(outputs)
+    if not watch.reaches(consumer, producer):
+        return 0
     for probe in _probes(producer, outputs, watch):
         into = watch.run({producer: outputs[probe : probe + 1]}, until=consumer)
         if into is None:
@@ -182,119 +205,9 @@ def _granularity(consumer: str, producer: str, outputs: Tensor, watch: _Watch) -
     return num if not bool(others.any()) and watch.only_through(consumer, zero) else 0
 
 
-def _probes(producer: str, outputs: Tensor, watch: _Watch) -> list[int]:
+def _probes(producer: str, outputs: Tensor, watch: Watch) -> list[int]:
     """The outputs that are largest, of either sign: a unit that is never on, as before a ReLU, tells nothing."""
     dim = channel_dim(watch.layers[producer], inputs=False)
     values = watch.outputs[producer].movedim(dim, 0).flatten(1)[outputs.to(watch.outputs[producer].device)]
     largest = (int(values.amax(1).argmax()), int(values.amin(1).argmin()))
-    return list(dict.fromkeys((*largest, 0, len(outputs) - 1)))
-
-
-def channel_dim(layer: nn.Module, *, inputs: bool) -> int:
-    """Where a layer's inputs or outputs have its channels."""
-    if layer_of(layer).operation == "convolution":
-        return -1 - (cast(Tensor, layer.weight).ndim - 2)  # computed by a parametrization, it is no parameter
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        return 1
-    return -1
-
-
-def is_elementwise(layer: nn.Module) -> bool:
-    """Whether a layer has a number for each channel: a norm, a depthwise convolution."""
-    own = list(layer.parameters(recurse=False))
-    if not own or list(layer.children()):
-        return False
-    depthwise = layer_of(layer).operation == "convolution" and getattr(layer, "groups", 1) == own[0].shape[0]
-    return depthwise or all(p.ndim == 1 and len(p) == len(own[0]) for p in own)
-
-
-def is_near(one: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding."""
-    return one.shape == other.shape and float((one - other).abs().max()) <= NEAR * float(other.abs().max())
-
-
-class _Watch:
-    """Runs of a model in which outputs of layers are set to zero, with the inputs that layers then have."""
-
-    def __init__(self, layers: Mapping[str, nn.Module], call: Callable[[nn.Module], Tensor]) -> None:
-        self.layers, self.call = layers, call
-        self.model = layers[""]
-        self.given: list[Tensor] = []
-        self.order: list[str] = []
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.output = torch.empty(0)
-
-    def record(self) -> None:
-        """One run as the model is."""
-        calls: list[tuple[str, Any, Any]] = []
-        handles = []
-        for name, layer in self.layers.items():
-            affine = operation_of(layer).factors in ("linear", "convolution")
-            if affine or is_elementwise(layer):
-                hook = lambda module, args, output, name=name: calls.append((name, args, output))  # noqa: E731
-                handles.append(layer.register_forward_hook(hook))
-        keep = lambda module, args, kwargs: self.given.extend(t.clone() for t in tensors((args, kwargs)))  # noqa: E731
-        handles.append(self.model.register_forward_pre_hook(keep, with_kwargs=True))
-        with _removing(handles):
-            self.output = self.call(self.model)
-        names = [name for name, _, _ in calls]
-        for name, args, output in calls:
-            if names.count(name) == 1 and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                self.order.append(name)
-                self.inputs[name], self.outputs[name] = args[0].clone(), output
-
-    def run(self, zero: Mapping[str, Tensor], *, until: str) -> Tensor | None:
-        """The input of a layer, with outputs of others at zero."""
-        seen: list[Tensor] = []
-
-        def stop(module: nn.Module, args: Any) -> None:
-            seen.append(args[0].clone())
-            raise _Stopped
-
-        with self._zeroed(zero), _removing([self.layers[until].register_forward_pre_hook(stop)]):
-            try:
-                self.call(self.model)
-            except _Stopped:
-                return seen[0]
-        return None
-
-    def only_through(self, consumer: str, zero: Mapping[str, Tensor]) -> bool:
-        """Whether the output is as it was where the consumer's input is put back."""
-        before = self.inputs[consumer]
-        back = lambda module, args: (before, *args[1:])  # noqa: E731
-        with self._zeroed(zero), _removing([self.layers[consumer].register_forward_pre_hook(back)]):
-            return is_near(self.call(self.model), self.output)
-
-    def changed(self, consumer: str, into: Tensor) -> Tensor:
-        """Which of a layer's inputs differ from those of the model as it is."""
-        before = self.inputs[consumer]
-        if before.shape != into.shape:
-            return torch.ones(before.shape[channel_dim(self.layers[consumer], inputs=True)], dtype=torch.bool)
-        gap = (into - before).abs().movedim(channel_dim(self.layers[consumer], inputs=True), 0).flatten(1).amax(1)
-        return gap.cpu() > NEAR * float(before.abs().max())
-
-    @contextmanager
-    def _zeroed(self, zero: Mapping[str, Tensor]) -> Iterator[None]:
-        handles = []
-        for name, outputs in zero.items():
-            dim = channel_dim(self.layers[name], inputs=False)
-            hook = lambda module, args, output, dim=dim, at=outputs: output.index_fill(  # noqa: E731
-                dim, at.to(output.device), 0.0
-            )
-            handles.append(self.layers[name].register_forward_hook(hook))
-        with _removing(handles):
-            yield
-
-
-class _Stopped(Exception):
-    """The layer that was waited for has been reached."""
-
-
-@contextmanager
-def _removing(handles: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return list(dict.fromkeys((*largest, *torch.linspace(0, len(outputs) - 1, PROBES).long().tolist())))

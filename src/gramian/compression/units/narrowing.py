@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from gramian.batch import first_samples, num_samples, tensors
 from gramian.block import Block, blocks
@@ -17,23 +18,26 @@ from gramian.compression.budget.planning import judged
 from gramian.compression.budget.points import measured_points
 from gramian.compression.budget.predicting import REMOVED, Rises
 from gramian.compression.budget.weighted import WeightedSVD
-from gramian.compression.calibration.calibrating import Measure, calibrate
+from gramian.compression.calibration.calibrating import calibrate
 from gramian.compression.calibration.correcting import corrected
+from gramian.compression.calibration.measure import Measure
 from gramian.compression.calibration.targets import Target, adapted, by_pattern, why_not
 from gramian.compression.calibration.weighting import Uncaptured, Weighting, weighting
 from gramian.compression.layers.feedback import feedback_of
 from gramian.compression.layers.lowrank import matrix_of
-from gramian.compression.layers.modules import copied, module_name, submodule
+from gramian.compression.layers.modules import clean_module_name, copied, module_name, submodule
 from gramian.compression.units.attention_heads import find_heads
 from gramian.compression.units.cutting import numbers_for
 from gramian.compression.units.elimination import Elimination, eliminated
-from gramian.compression.units.flow import Units, find_units, is_elementwise
+from gramian.compression.units.flow import Units, find_units
 from gramian.compression.units.narrow_plan import Narrowed, NarrowPlan
+from gramian.compression.units.watching import is_elementwise
 from gramian.errors import GramianWarning, InputError
 from gramian.layers import operation_of
 from gramian.loader import Batches
 from gramian.objective import Objective, as_objective, differentiates
 from gramian.recording import evaluating
+from gramian.recording.hooks import hooks
 from gramian.recording.measuring import by_modules
 
 __all__ = ["may_narrow", "narrow"]
@@ -183,6 +187,11 @@ def _layers(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, Block],
             reasons[name] = reason
         elif not depthwise:
             known[name] = block
+    for raw, module in model.named_modules():
+        if is_parametrized(module) and operation_of(module).factors in ("linear", "convolution"):
+            reasons[clean_module_name(raw)] = (
+                "its weight is computed by a parametrization: remove_parametrizations first"
+            )
     return known, reasons
 
 
@@ -199,13 +208,11 @@ def _predict(objective: Objective, model: nn.Module, batch: Any) -> Callable[[nn
         def end(module: nn.Module, args: Any, output: Any) -> None:
             raise _Returned(output)
 
-        handle = model.register_forward_hook(end)
-        try:
-            return objective.predict(model, batch)
-        except _Returned as returned:
-            return returned.args[0]
-        finally:
-            handle.remove()
+        with hooks([model.register_forward_hook(end)]):
+            try:
+                return objective.predict(model, batch)
+            except _Returned as returned:
+                return returned.args[0]
 
     return first
 

@@ -57,7 +57,6 @@ def places_depend(inputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Alignme
         labels: of each batch.
 
     Returns: the test; `None` where shapes differ otherwise, or samples are few.
-    Raises: nothing of its own.
     Cost: 60 products of (places, features) with (places, classes), of at most 2¹⁸ places.
     Source: permutation tests, Good 2005.
     """

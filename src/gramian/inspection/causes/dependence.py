@@ -93,7 +93,6 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
         labels: of each batch, one for each sample.
 
     Returns: the test; `None` where there are too few samples, or not one label, or row of an input, for each.
-    Raises: nothing of its own.
     Cost: O(N² d) for N ≤ 1,024 samples of d features.
     Source: nearest-neighbor two-sample tests, Schilling 1986; permutation tests, Good 2005. The power is this library's
         own.

@@ -182,9 +182,7 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
 
     Returns: the list; a finding that follows from another is information, says from which, and has no remedy; the
         warning from which an error follows is an error.
-    Raises: nothing of its own.
     Cost: linear.
-    Source: this library's own.
     """
     unique: dict[str, Finding] = {}
     for finding in found:
@@ -222,6 +220,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     padded = next((f for f in serious if f.code == "padding-read" and f.where != "labels"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]
+    if finding.code == "loss-non-finite" and finding.title.endswith(" ctc_loss"):  # nothing else makes it so
+        return next((f for f in serious if f.code == "labels-out-of-range"), None)
     if finding.code == "gradient-overflow":  # softmax of a row of −∞
         return next((f for f in serious if f.code == "attention-masked" and f.severity == "error"), None)
     if finding.code in _MISPLACED:
@@ -289,9 +289,6 @@ def following(finding: Finding, root: Finding | None) -> Finding:
         root: what it follows from, or `None`.
 
     Returns: that remark, or the finding as it is.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
     """
     if root is None:
         return finding

@@ -25,7 +25,6 @@ def grows_from_zero(context: Context, name: str, w: Tensor) -> bool:
 
     Returns: false without a gradient, which would let it stay as it is, and for what an optimizer without a count of
         its steps has made since a watch began with other values.
-    Raises: nothing of its own.
     Cost: reads one number from the device.
     Source: this library's own; steps of Adam: Kingma & Ba 1412.6980, section 2.1.
     """

@@ -39,7 +39,6 @@ def far_above_guessing(context: Context) -> Finding | None:
         context: what was seen.
 
     Returns: a finding about the head, the embedding that is one, or the layer that is unlike the others; or `None`.
-    Raises: nothing of its own.
     Cost: one evaluation of the loss.
     Source: this library's own; equal scores have the entropy of equal probabilities.
     """

@@ -84,7 +84,7 @@ class _Centered:
         return _Centered(values, self.trace, self.squares, self.diagonal)
 
 
-def relations(tensors: Mapping[str, Tensor], *, others: Sequence[str] | None = None) -> dict[str, Join]:
+def relations(tensors: Mapping[str, Tensor]) -> dict[str, Join]:
     """Test for each tensor whether its rows are related to those of the others, in this order or a few rows on.
 
     The statistic is the sum over pairs of samples of how alike they are in this tensor and in the others (one of them,
@@ -94,10 +94,8 @@ def relations(tensors: Mapping[str, Tensor], *, others: Sequence[str] | None = N
 
     Args:
         tensors: by name, (N, …) with one row for each of N samples, finite.
-        others: the names to which each is compared, itself aside; all where not given.
 
     Returns: a `Join` for each; none where there are fewer than 100 samples.
-    Raises: nothing of its own.
     Cost: O(N²) for each two ways to be alike, N ≤ 512; 16 times as many of 256 samples where nothing is seen.
     Source: Gretton et al. 2005 and 2008 for the criterion and the gamma approximation; Kazi-Aoual et al. 1995 for the
         moments under permutations.
@@ -109,11 +107,11 @@ def relations(tensors: Mapping[str, Tensor], *, others: Sequence[str] | None = N
     ways = {name: kernels(t) for name, t in tensors.items()}
     found: dict[str, Join] = {}
     for name in tensors:
-        if found and len(tensors) == 2 and others is None:  # the same, seen from the other side
+        if found and len(tensors) == 2:  # the same, seen from the other side
             (join,) = found.values()
             found[name] = replace(join, shift=-join.shift)
             break
-        rest = [ways[n] for n in (tensors if others is None else others) if n != name]
+        rest = [ways[n] for n in tensors if n != name]
         around = _around(rest)
         join = Join(*_test(_Centered.of(ways[name]), around), num=min(num, MOST))
         found[name] = _shifted(join, ways[name], rest) if join.p_value > FAINT else join
@@ -128,7 +126,6 @@ def follows(t: Tensor, shift: int) -> bool:
         shift: by how many.
 
     Returns: true where they are.
-    Raises: nothing of its own.
     Cost: O(N²) for each two ways to be alike, N ≤ 256.
     Source: as for `relations`.
     """
@@ -149,9 +146,7 @@ def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = No
 
     Returns: the two shares; `None` for images, of which there are more kinds of labels than these, and where samples
         are too few for so many features.
-    Raises: nothing of its own.
     Cost: that of 40 tests.
-    Source: this library's own.
     """
     made = [simple_features(t[:MOST]) for t in inputs]
     features = [t for t in made if t is not None]

@@ -34,7 +34,6 @@ def kernels(t: Tensor) -> list[Tensor]:
         t: (N, …), finite.
 
     Returns: matrices (N, N) float32, none of which is negative somewhere but for means.
-    Raises: nothing of its own.
     Cost: O(N² d) for d numbers, at most 4,096.
     Source: convolutions with patches of the data, Coates and Ng 2011; the rest is usual.
     """

@@ -68,9 +68,6 @@ def gradient_overflow(
         is_narrow: whether numbers are float16 or bfloat16 somewhere.
 
     Returns: the finding.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
     """
     title = (
         f"The gradients of {len(bad)} parameters are not finite"

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from gramian.errors import some
+from gramian.inspection.across_depth import ADAMW_EPS
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.causes.precision import gradient_overflow
 from gramian.inspection.causes.routers import idle_experts
-from gramian.inspection.rules import ADAMW_EPS
 from gramian.report import Finding
 
 __all__ = ["RULES"]

@@ -57,9 +57,7 @@ def idle_experts(context: Context) -> list[Idle]:
         context: what was seen.
 
     Returns: one for each list of modules.
-    Raises: nothing of its own.
     Cost: linear in the modules for each routing.
-    Source: this library's own.
     """
     found: dict[str, Idle] = {}
     gradients = context.observed.gradients

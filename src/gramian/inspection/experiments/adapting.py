@@ -10,8 +10,8 @@ from gramian.inspection.experiments.replaying import Replay
 from gramian.inspection.passes.derivatives import gradients_of
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
-from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import evaluating, training
+from gramian.seeding import seed_torch
 
 __all__ = ["moved_by_steps"]
 
@@ -36,7 +36,6 @@ def moved_by_steps(model: nn.Module, observed: Observed, objective: Objective) -
         most is trained, or where an output does not differ between samples.
     Raises: what the model raises.
     Cost: nothing where most is trained; else three passes forward and backward of 16 samples, and two forward.
-    Source: this library's own.
     """
     trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

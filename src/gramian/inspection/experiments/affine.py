@@ -28,7 +28,6 @@ def is_affine(asked: Asked) -> bool | None:
     Returns: that; `None` where it cannot be told.
     Raises: what the model raises.
     Cost: two forward passes.
-    Source: this library's own.
     """
     seen = asked.seen
     fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]

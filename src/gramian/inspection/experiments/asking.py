@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from gramian.batch import mapped
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import Given, given_of
+from gramian.recording.hooks import hooks
 
 __all__ = [
     "along_rows",
@@ -44,7 +45,6 @@ def uses_a_network(replay: Replay) -> bool:
     Returns: whether.
     Raises: what the loss raises.
     Cost: that of the loss.
-    Source: this library's own.
     """
     found: list[bool] = []
 
@@ -52,11 +52,8 @@ def uses_a_network(replay: Replay) -> bool:
         if module is not replay.model:
             found.append(any(True for _ in module.parameters()))
 
-    handle = register_module_forward_pre_hook(hook)
-    try:
+    with hooks([register_module_forward_pre_hook(hook)]):
         replay.value(replay.outputs)
-    finally:
-        handle.remove()
     return any(found)
 
 
@@ -172,7 +169,6 @@ def takes_only_outputs(asked: Asked) -> bool:
     Returns: whether; true of a contrast of embeddings, false where there are labels or where inputs are restored.
     Raises: what the loss raises.
     Cost: two to four evaluations of it and its gradient for each tensor of the batch.
-    Source: this library's own.
     """
     for one in given_of([asked.batch], set(), set()):
         t = one.values[0]

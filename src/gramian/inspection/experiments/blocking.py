@@ -18,9 +18,7 @@ def are_constant(asked: Asked) -> bool:
         asked: the model, left as it was, and its loss.
 
     Returns: false too where outputs are not by sample.
-    Raises: nothing of its own.
     Cost: none beside the replay's.
-    Source: this library's own.
     """
     outputs = asked.replay.outputs
     num = {len(t) if t.ndim else 1 for t in outputs}
@@ -42,7 +40,6 @@ def blocking_zeros(asked: Asked) -> tuple[str, ...] | None:
     Raises: what the model raises.
     Cost: where a matrix is zero, two forward passes of 16 samples; where the outputs ignore the inputs, two for each
         such matrix.
-    Source: this library's own.
     """
     zeros = {n: p for n, p in asked.model.named_parameters() if p.ndim > 1 and p.numel() and not bool(p.any())}
     if not zeros or not asked.is_deaf:

@@ -25,9 +25,7 @@ def is_bootstrapped(output: Tensor, target: Tensor) -> bool:
         output, target: what a loss compares.
 
     Returns: false where either has no gradient.
-    Raises: nothing of its own.
     Cost: a walk over the graphs.
-    Source: this library's own.
     """
     if not (output.requires_grad and target.requires_grad) or output.ndim < 1 or output.shape != target.shape:
         return False
@@ -46,9 +44,7 @@ def is_taught(output: Tensor, target: Tensor) -> bool:
         output, target: what a loss compares.
 
     Returns: false where either has no gradient.
-    Raises: nothing of its own.
     Cost: a walk over the graphs.
-    Source: this library's own.
     """
     return output.requires_grad and target.requires_grad and _share_parameters(output, target)
 

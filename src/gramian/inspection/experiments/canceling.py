@@ -27,9 +27,7 @@ def canceled(func: Callable, args: tuple, model: nn.Module) -> str:
         model: whose parameters the sides are made of.
 
     Returns: what is made of the two sides, in words; empty where they differ, or one of them has no gradient.
-    Raises: nothing of its own.
     Cost: two backward passes where both sides have a gradient and are equal; else a comparison at most.
-    Source: this library's own.
     """
     words = "difference" if func in DIFFERENCES or func in REVERSED else "quotient" if func in QUOTIENTS else ""
     words = words or (func.__name__ if func in _LOSSES else "")

@@ -92,9 +92,6 @@ def chosen_and_numbers(asked: Asked) -> tuple[list[Given], list[Given]]:
         asked: the model, left as it was, and its loss.
 
     Returns: both.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
     """
     given = [g for g in given_of([asked.batch], set(), set()) if _is_by_sample(g)]
     chosen = [g for g in given if g.values[0].dtype in (torch.int64, torch.int32)]

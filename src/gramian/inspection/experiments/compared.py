@@ -30,7 +30,6 @@ def label_names(asked: Asked) -> tuple[str, ...]:
         effect, so that inputs may be made of it.
     Raises: what the model raises.
     Cost: two or four evaluations of the loss and its gradient for each tensor that the model is not given.
-    Source: this library's own.
     """
     replay, seen = asked.replay, asked.seen
     fed = {g.name for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input}

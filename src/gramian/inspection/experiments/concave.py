@@ -44,7 +44,6 @@ def is_concave(asked: Asked) -> Concave | None:
     Returns: a `Concave`, or `None`.
     Raises: what the model raises.
     Cost: two evaluations of the loss where it is convex, else some sixty.
-    Source: this library's own.
     """
     replay = asked.replay
     outputs = [t for t in replay.outputs if t.numel()]

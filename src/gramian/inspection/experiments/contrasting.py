@@ -55,7 +55,6 @@ def pulled_apart(asked: Asked) -> Contrast | None:
     Returns: what is wrong, or `None`.
     Raises: what the model raises.
     Cost: some 50 evaluations of the loss, of embeddings.
-    Source: this library's own.
     """
     replay = asked.replay.of_samples
     outputs = replay.outputs

@@ -21,8 +21,8 @@ from gramian.inspection.passes.given import given_of, taken_of
 from gramian.inspection.passes.moments import first_float
 from gramian.objective import Objective
 from gramian.recording.hooks import hooks
-from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import eager, evaluating
+from gramian.seeding import seed_torch
 
 __all__ = ["Evaluated", "evaluate"]
 
@@ -78,21 +78,30 @@ def evaluate(
     Returns: an `Evaluated`.
     Raises: what the model raises.
     Cost: a forward pass, and two of 7 samples; up to six where samples seem to mix.
-    Source: this library's own.
     """
+    with evaluating(model), eager():
+        try:
+            with torch.no_grad():
+                return _evaluated(model, batches, objective, fed)
+        except Exception:  # a loss may differentiate on its way
+            with torch.enable_grad():
+                return _evaluated(model, batches, objective, fed)
+
+
+def _evaluated(
+    model: nn.Module, batches: Sequence[Any], objective: Objective, fed: Collection[tuple[int, int]]
+) -> Evaluated:
+    """The same, of a model in evaluation mode."""
     batch = batches[0]
     rows = _separate_rows(model, batch)
-    with evaluating(model), eager(), torch.enable_grad():  # a loss may differentiate on its way
-        with _Drops(model).installed() as drops:
-            loss, _ = _run(model, batch, objective, 0)
-        if not rows or not math.isfinite(loss) or drops.first:
-            return Evaluated(loss, drops=drops.first)
-        try:
-            found = _mixture(model, batches, objective, min(rows - 1, ENOUGH), fed)
-        except Exception:  # the model's batches have one size: that of a graph, or one that it was written for
-            found = (
-                None if _holds_pairs(model, batch, objective, rows) else _mixture(model, batches, objective, rows, fed)
-            )
+    with _Drops(model).installed() as drops:
+        loss, _ = _run(model, batch, objective, 0)
+    if not rows or not math.isfinite(loss) or drops.first:
+        return Evaluated(loss, drops=drops.first)
+    try:
+        found = _mixture(model, batches, objective, min(rows - 1, ENOUGH), fed)
+    except Exception:  # the model's batches have one size: that of a graph, or one that it was written for
+        found = None if _holds_pairs(model, batch, objective, rows) else _mixture(model, batches, objective, rows, fed)
     return Evaluated(loss) if found is None else Evaluated(loss, *found)
 
 

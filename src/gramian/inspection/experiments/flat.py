@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gramian.inspection.across_depth import ADAMW_EPS
 from gramian.inspection.experiments.replaying import Asked
-from gramian.inspection.rules import ADAMW_EPS
 
 __all__ = ["largest_slope"]
 
@@ -24,7 +24,6 @@ def largest_slope(asked: Asked) -> float | None:
     Returns: the sum of the absolute values; `None` where outputs are not known, or the loss is no number with them.
     Raises: what the model raises.
     Cost: four evaluations of the loss and its gradient where the first is below AdamW's ε, else none.
-    Source: this library's own.
     """
     replay = asked.replay
     if not replay.is_known or not replay.outputs or not asked.seen.needs_gradient:

@@ -39,7 +39,6 @@ def ignored_classes(asked: Asked) -> Ignored | None:
     Returns: an `Ignored`, or `None`.
     Raises: what the model raises.
     Cost: two evaluations of the loss where samples have no gradient.
-    Source: this library's own.
     """
     replay = asked.replay
     if not replay.is_known or asked.seen.strangers:

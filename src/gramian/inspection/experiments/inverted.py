@@ -27,7 +27,6 @@ def inverted_mask(asked: Asked) -> tuple[str, str, int] | None:
     Returns: the names of the input and the mask, and how many samples have padding; or `None`.
     Raises: what the model raises.
     Cost: two forward passes of 16 samples, where there are such inputs.
-    Source: this library's own.
     """
     fed = {g.name for g in given_of(asked.seen.batches[:1], asked.seen.fed, set()) if g.is_input}
     given = [g for g in given_of([asked.batch], set(), set()) if g.name in fed]

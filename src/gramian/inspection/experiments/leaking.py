@@ -16,6 +16,7 @@ from gramian.inspection.passes.given import given_of, taken_of
 from gramian.inspection.passes.moments import first_float
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
+from gramian.recording.hooks import hooks
 from gramian.recording.measuring import eager, evaluating
 
 __all__ = ["Leak", "find_leak"]
@@ -65,7 +66,6 @@ def find_leak(model: nn.Module, observed: Observed, objective: Objective) -> Lea
     Returns: a `Leak`; `None` where there is none, or the targets are something else.
     Raises: what the model raises.
     Cost: two forward passes where the targets are the next inputs; else nothing.
-    Source: this library's own.
     """
     for x in _sequences(observed):
         counted = _next_inputs(observed, x)
@@ -272,12 +272,8 @@ def _watched(model: nn.Module, shape: tuple[int, ...]) -> Iterator[list[tuple[st
 
         return keep
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules()]
-    try:
+    with hooks([m.register_forward_hook(hook(n)) for n, m in model.named_modules()]):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_of_channels(module: nn.Module) -> bool:

@@ -62,7 +62,6 @@ def open_zeros(model: nn.Module, observed: Observed, objective: Objective, parts
     Raises: what the model raises.
     Cost: nothing where no matrix is small and no gradient zero; a pass forward and backward where one is small; else up
         to 6, and a copy of the parameters that have zeros.
-    Source: this library's own.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
     trained = {n: p for n, p in parameters.items() if p.requires_grad and observed.gradients.get(n) is not None}

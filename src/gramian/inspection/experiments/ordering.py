@@ -38,7 +38,6 @@ def ignores_order(asked: Asked) -> bool | None:
     Returns: whether; `None` where the inputs are no sets of at least 4, or come beside others than masks.
     Raises: what the model raises.
     Cost: a forward pass of 16 samples.
-    Source: this library's own.
     """
     x = main_input(asked.batch)
     if x.ndim < 2:
@@ -71,9 +70,7 @@ def are_in_order(model: nn.Module, batches: Sequence[Any], *, dim: int = 1) -> b
         dim: the dimension along which they may follow each other; along the first one, batches of one size.
 
     Returns: whether the pairs' repetitions are 6 standard deviations beyond those of 20 shuffles.
-    Raises: nothing of its own.
     Cost: 20 sorts of the tokens.
-    Source: this library's own.
     """
     generator = torch.Generator().manual_seed(0)
     tokens, hidden = [], []
@@ -112,7 +109,6 @@ def run_along_rows(model: nn.Module, batches: Sequence[Any]) -> bool:
         ones and neighbors in columns do not.
     Raises: what `main_input` raises.
     Cost: 40 sorts of the tokens.
-    Source: this library's own.
     """
     x = main_input(batches[0])
     if x.ndim != 2 or x.is_floating_point():
@@ -148,9 +144,7 @@ def as_set(model: nn.Module, seen: Observed, x: Tensor) -> Tensor:
         x: tokens (N, T), vectors (N, T, C), or images (N, C, H, W) that the model cuts into patches first.
 
     Returns: a tensor of floats.
-    Raises: nothing of its own.
     Cost: a copy.
-    Source: this library's own.
     """
     patch = _patch(model, seen, x)
     if patch:
@@ -169,9 +163,7 @@ def without_order(members: Tensor, *, are_tokens: bool) -> Tensor:
         are_tokens: whether each is one token.
 
     Returns: one row for each sample.
-    Raises: nothing of its own.
     Cost: a sort along the members.
-    Source: this library's own.
     """
     if are_tokens:
         return members.sum(1)

@@ -15,7 +15,7 @@ from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.passes.given import Given, given_of
 from gramian.inspection.passes.padding import filled_ends, padding_of
 from gramian.recording.hooks import hooks
-from gramian.recording.keeping import seed_torch
+from gramian.seeding import seed_torch
 
 __all__ = ["Counted", "Reading", "counts_padding", "reads_padding"]
 
@@ -71,7 +71,6 @@ def counts_padding(asked: Asked) -> Counted | None:
     Returns: what was found, or `None`.
     Raises: what the model raises.
     Cost: a pass forward and backward of 32 samples, where tokens are padded and their labels there are one class.
-    Source: this library's own.
     """
     model, seen = asked.model, asked.seen
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -140,7 +139,6 @@ def reads_padding(asked: Asked) -> Reading | None:
     Returns: a `Reading`, or `None`.
     Raises: what the model raises.
     Cost: a pass forward and backward of 32 samples, where inputs are padded.
-    Source: this library's own.
     """
     model, seen, objective = asked.model, asked.seen, asked.objective
     batch = first_samples(seen.batches[0], ENOUGH)

@@ -49,7 +49,6 @@ def constant_loss(asked: Asked) -> float | None:
     Returns: the ratio; `None` where the loss with constant outputs is not positive, or outputs are not by sample.
     Raises: what the model raises.
     Cost: that of the loss.
-    Source: this library's own.
     """
     replay = asked.replay.of_samples
     outputs = replay.outputs
@@ -73,7 +72,6 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
     Returns: the loss as it is, and there; `None` where it has its minimum elsewhere.
     Raises: what the model raises.
     Cost: two evaluations of the loss and its gradient; some thirty more where equal outputs have no slope.
-    Source: this library's own.
     """
     replay = asked.replay.of_samples
     outputs = replay.outputs
@@ -159,7 +157,6 @@ def unlike_pairs(asked: Asked) -> Pairs | None:
     Returns: a `Pairs`, or `None`.
     Raises: what the model raises.
     Cost: two forward passes of 16 samples, of pairs.
-    Source: this library's own.
     """
     names = [g.name for g in given_of(asked.seen.batches[:1], asked.seen.fed, set()) if g.is_input]
     batch = asked.batch

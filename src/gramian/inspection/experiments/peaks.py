@@ -50,7 +50,6 @@ def at_labels(asked: Asked) -> Peak | None:
     Returns: a `Peak`, or `None`.
     Raises: what the model raises.
     Cost: two evaluations of the loss for each tensor of numbers that may be labels; some forty where it is high there.
-    Source: this library's own.
     """
     replay = asked.replay
     if not replay.is_known or not replay.outputs or asked.seen.strangers:

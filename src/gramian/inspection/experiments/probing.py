@@ -13,6 +13,7 @@ from gramian.batch import num_samples
 from gramian.inspection.experiments.affine import is_affine
 from gramian.inspection.experiments.blocking import are_constant, blocking_zeros
 from gramian.inspection.experiments.choices import Choices, along_choices
+from gramian.inspection.experiments.columns import silent_columns
 from gramian.inspection.experiments.compared import label_names
 from gramian.inspection.experiments.concave import Concave, is_concave
 from gramian.inspection.experiments.contrasting import Contrast, pulled_apart
@@ -34,7 +35,7 @@ from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.experiments.rows import Rows, compared_rows
 from gramian.inspection.experiments.shifting import shifted_twice
 from gramian.inspection.experiments.shortcuts import OneWay, Shortcut, one_way, shortcut
-from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
+from gramian.inspection.experiments.supervision import Supervision, against_labels
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
 from gramian.inspection.experiments.together import Together, made_into_inputs, rows_together
 from gramian.inspection.experiments.two_values import TwoValues, of_two_values
@@ -209,10 +210,8 @@ def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[P
         objective: gives the loss.
 
     Returns: a `Probes`, and what could not be tried, with the error.
-    Raises: nothing of its own.
     Cost: a forward pass of 16 samples, and some more of these where inputs or parameters are changed, as those of
         sequences are.
-    Source: this library's own.
     """
     found: dict[str, Any] = {}
     failed: dict[str, Exception] = {}
@@ -238,9 +237,6 @@ def untried(failed: Mapping[str, Exception], objective: Objective) -> dict[str, 
         objective: that it was given.
 
     Returns: by what was not tried, the reason.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
 
     >>> untried({"falls": ValueError("two samples are needed")}, Objective.regression())
     {'whether the loss has a minimum': 'two samples are needed'}

@@ -63,7 +63,6 @@ def along_outputs(asked: Asked) -> Profile | None:
     Returns: what is wrong, or `None`.
     Raises: what the model raises.
     Cost: some 30 evaluations of the loss, of outputs of up to 4 columns; of others two or four for each label.
-    Source: this library's own.
     """
     replay = asked.replay
     if not replay.is_known or not replay.outputs or asked.seen.strangers or asked.seen.ends is not None:

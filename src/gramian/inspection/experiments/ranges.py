@@ -51,7 +51,6 @@ def beyond_range(asked: Asked) -> Beyond | None:
     Returns: a `Beyond`, or `None`.
     Raises: what the model raises.
     Cost: up to five evaluations of the loss and its gradient where labels are outside.
-    Source: this library's own.
     """
     replay, ends = asked.replay, asked.seen.output_ends
     if not replay.is_known or len(ends) != len(replay.outputs) or asked.seen.strangers:

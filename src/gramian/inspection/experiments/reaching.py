@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gramian.batch import main_input, mapped
 from gramian.inspection.experiments.replaying import Asked, are_equal, loss_of, outputs_of
 from gramian.recording.hooks import hooks
-from gramian.recording.keeping import seed_torch
+from gramian.seeding import seed_torch
 
 __all__ = ["cut", "gradient_by", "unlinked"]
 
@@ -28,7 +28,6 @@ def unlinked(asked: Asked) -> tuple[str, ...] | None:
     Returns: names; `None` where all have a gradient, or the loss is another with the same values.
     Raises: what the model raises.
     Cost: two evaluations of the loss, and one for each of up to 32 such parameters.
-    Source: this library's own.
     """
     model, seen, objective = asked.model, asked.seen, asked.objective
     parameters = dict(model.named_parameters())
@@ -63,7 +62,6 @@ def cut(asked: Asked) -> tuple[int, int, str] | None:
     Returns: how many there are, of how many, and the module whose output was looked at; or `None`.
     Raises: what the model raises.
     Cost: a pass forward and backward, and two forward, where the graph was cut.
-    Source: this library's own.
     """
     seen, batch = asked.seen, asked.seen.batches[0]
     x = main_input(batch)
@@ -98,7 +96,6 @@ def gradient_by(asked: Asked, batch: Any, x: Tensor, scale: float = 1.0) -> tupl
     Returns: the name of the module, empty for the input itself, and the gradient; `None` where there is none.
     Raises: what the model raises.
     Cost: a pass forward and backward.
-    Source: this library's own.
     """
     first: list[tuple[str, Tensor]] = []
 

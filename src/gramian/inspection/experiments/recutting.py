@@ -53,7 +53,6 @@ def recut(asked: Asked) -> Recut | None:
     Returns: a `Recut`, or `None`.
     Raises: what the model raises, which may not run on 7 samples.
     Cost: a forward pass of 7 samples.
-    Source: this library's own.
     """
     whole = asked.seen.batches[0]
     if num_samples(whole) < NUM:
@@ -71,9 +70,6 @@ def moved_axis(before: Sequence[int], after: Sequence[int]) -> int:
 
     Returns: a length above one that is in both shapes once, with another number of entries in front; of images the
         number of channels, where some of these become rows and columns, or the reverse.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
 
     >>> moved_axis((7, 16, 32), (7, 4, 16, 8)), moved_axis((7, 16, 32), (7, 16, 4, 8))
     (16, 0)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gramian.objective import Objective
-from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import training
+from gramian.seeding import seed_torch
 
 __all__ = ["first_lost_step", "forgetful", "renew"]
 
@@ -31,9 +31,7 @@ def renew(model: nn.Module) -> list[str]:
         model: changed in place; what it was is the caller's to keep.
 
     Returns: the names of the parameters that were not finite.
-    Raises: nothing of its own.
     Cost: a pass over the weights.
-    Source: this library's own.
 
     >>> net = nn.Linear(2, 2)
     >>> _ = nn.init.constant_(net.bias, float("nan"))
@@ -81,7 +79,6 @@ def first_lost_step(
     Returns: the copy before that step, the batch, and the losses up to it; `None` where no step loses it.
     Raises: what a step or the copy raises.
     Cost: up to 60 training steps.
-    Source: this library's own.
     """
     losses: list[float] = []
     with training(model):

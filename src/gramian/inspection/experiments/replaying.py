@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import first_samples, main_input, mapped, num_samples, tensors
+from gramian.batch import first_samples, has_rows, main_input, mapped, num_samples, tensors
+from gramian.errors import InputError
+from gramian.inspection.experiments.containers import is_container, remade
 from gramian.inspection.experiments.terms import Term, Terms, scalar_terms
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.operators.cuts import nodes_of
 from gramian.recording.hooks import hooks
-from gramian.recording.keeping import seed_torch
+from gramian.seeding import seed_torch
 
 __all__ = ["Asked", "Replay", "are_equal", "loss_of", "outputs_of"]
 
-_KNOWN = (Tensor, tuple, list, dict)
 # Samples that are enough for a property of the loss.
 ENOUGH = 16
 # Outputs that differ by less than this share of what differs between samples are equal up to rounding.
@@ -75,6 +76,8 @@ class Asked:
         It is replayed where each output and each tensor of the batch has the samples in its first dimension alone.
         """
         whole, replay = self.seen.batches[0], self.replay
+        if not has_rows(whole):
+            raise InputError("tensors of whole numbers have other lengths than the input: no rows are samples")
         num, here = num_samples(whole), num_samples(self.batch)
         part = mapped(whole, lambda t: t[rows] if t.ndim and len(t) == num else t)
         by_sample = all(t.ndim and len(t) == here and t.shape.count(here) == 1 for t in replay.outputs)
@@ -110,7 +113,8 @@ class Replay:
     """A model's outputs on a batch, and the loss with others in their place, which runs no layer.
 
     Only calls of the model itself are replayed; where the loss calls a part of it, that runs. Where they give objects
-    of the model's own, `is_known` is false. A TorchScript model, whose `forward` is compiled, runs again each time.
+    that are no containers, or the loss is one of several outputs, which the model has computed, `is_known` is false. A
+    TorchScript model, whose `forward` is compiled, runs again each time.
 
     Args:
         model: in the mode in which it is to be.
@@ -125,7 +129,6 @@ class Replay:
 
     Raises: what the model raises.
     Cost: a forward pass.
-    Source: this library's own.
     """
 
     def __init__(self, model: nn.Module, batch: Any, objective: Objective) -> None:
@@ -133,16 +136,27 @@ class Replay:
         self.outputs: list[Tensor] = []
         self._made: list[Any] = []
         self._own: set[int] = set()
-        self.is_known = True
+        self._is_remade = True
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self.is_known = self.is_known and type(output) in _KNOWN
-            self._made.append(mapped(output, self._kept) if self.is_known else None)
+            self._is_remade = self._is_remade and is_container(output)
+            self._made.append(remade(output, self._kept) if self._is_remade else None)
 
         with hooks([model.register_forward_hook(keep)]), Terms() as terms:
             total = self._run(batch)
         self.parts: list[Term] = terms.read(total, model.parameters())
         self.num_terms = len(terms.leaves(total, are_scalars=True))
+
+    @cached_property
+    def is_known(self) -> bool:
+        """Whether the loss is computed from the outputs, which others can replace."""
+        if not self._is_remade or len(self.outputs) < 2 or all(t.ndim for t in self.outputs):
+            return self._is_remade
+        try:
+            moving = [t.ndim for t, slope in zip(self.outputs, self.slopes, strict=True) if bool(slope.any())]
+        except Exception:  # a loss that cannot be replayed or differentiated: whoever asks is told why
+            return True
+        return not moving or any(moving)
 
     @property
     def calls(self) -> int:
@@ -204,18 +218,8 @@ class Replay:
         Raises:
             ValueError: the loss calls the model otherwise than before.
         Cost: that of the loss.
-        Source: this library's own.
         """
-        made = iter(self._made)
-        values = iter(outputs)
-        places = {id(t) for t in self.outputs}
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return mapped(next(made), lambda t: next(values) if id(t) in places else t)
-            except StopIteration:
-                raise ValueError("the loss calls the model once more") from None
-
+        forward = _Given(self._made, {id(t) for t in self.outputs}, outputs, self.model.forward)
         batch = self.batch if batch is None else batch
         if isinstance(self.model, torch.jit.ScriptModule):  # whose `forward` is compiled
             with hooks([self.model.register_forward_hook(lambda *_: forward())]):
@@ -260,6 +264,19 @@ class Replay:
             return [torch.zeros_like(t) for t in free]
         found = torch.autograd.grad(total * scale, free, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(free, found, strict=True)]
+
+
+class _Given:
+    """In place of a model's forward: gives what its calls gave before, with others in place of the outputs."""
+
+    def __init__(self, made: Sequence[Any], places: set[int], outputs: Sequence[Tensor], stands_for: Callable) -> None:
+        self.made, self.places, self.values, self.stands_for = iter(made), places, iter(outputs), stands_for
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return remade(next(self.made), lambda t: next(self.values) if id(t) in self.places else t)
+        except StopIteration:
+            raise ValueError("the loss calls the model once more") from None
 
 
 def _is_own(t: Tensor) -> bool:

@@ -56,7 +56,6 @@ def compared_rows(asked: Asked) -> Rows | None:
     Returns: what is wrong, or `None`.
     Raises: what the model raises.
     Cost: two to four evaluations of the loss and its gradient for each tensor of numbers with a row for each sample.
-    Source: this library's own.
     """
     replay = asked.replay
     if not replay.is_known or not replay.outputs or asked.seen.strangers:

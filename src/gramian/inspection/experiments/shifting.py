@@ -25,9 +25,7 @@ def shifted_twice(asked: Asked) -> str | None:
         asked: the model, left as it was, and its loss.
 
     Returns: their name, as Python reads it off a batch; `None` where there are no such labels.
-    Raises: nothing of its own.
     Cost: a comparison of two tensors of tokens.
-    Source: this library's own.
     """
     x, replay = main_input(asked.batch), asked.replay
     if x.ndim != 2 or x.is_floating_point() or not replay.is_known:

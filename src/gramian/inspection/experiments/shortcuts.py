@@ -61,7 +61,6 @@ def one_way(asked: Asked) -> OneWay | None:
     Returns: a `OneWay`, or `None`.
     Raises: what the model raises.
     Cost: a few evaluations of the loss and its gradient; some forty more of embeddings without a slope elsewhere.
-    Source: this library's own.
     """
     replay = asked.replay
     outputs = replay.outputs
@@ -156,7 +155,6 @@ def shortcut(asked: Asked) -> Shortcut | None:
     Returns: a `Shortcut`, or `None`.
     Raises: what the model raises.
     Cost: two evaluations of the loss and its gradient for each column of up to 4; some twenty more where one falls.
-    Source: this library's own.
     """
     replay = asked.replay
     if not replay.is_known or asked.seen.strangers or any(len(t) < LEAST for t in replay.outputs if t.ndim):

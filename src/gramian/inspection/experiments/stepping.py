@@ -18,7 +18,7 @@ from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.measuring import training
 
-__all__ = ["NUM_STEPS", "Steps", "take_steps"]
+__all__ = ["FEWEST", "NUM_STEPS", "Steps", "take_steps"]
 
 # Steps, and after how many of them none follows if the loss has not risen by this share: to three times its first value
 # it rises over several steps, at a constant factor to one and a half times in the first two. A smaller share is enough
@@ -50,7 +50,6 @@ def take_steps(
     batches: Iterable[Any],
     objective: Objective,
     *,
-    num_steps: int = NUM_STEPS,
     first: Observed | None = None,
 ) -> Steps:
     """Take a few steps on copies of a model and its optimizer.
@@ -59,14 +58,12 @@ def take_steps(
         model, optimizer: copied together; neither is changed.
         batches: used in turn.
         objective: gives the loss.
-        num_steps: how many steps, at most.
         first: what a training step of the first batch showed, from which its gradients are taken if it has them.
 
     Returns: a `Steps`.
     Raises: what a step or the copy raises.
-    Cost: three training steps and a forward pass, of which `first` saves one; up to `num_steps` steps where the loss
+    Cost: three training steps and a forward pass, of which `first` saves one; up to `NUM_STEPS` steps where the loss
         rises; a copy of the model and of the optimizer's state.
-    Source: this library's own.
     """
     given = list(batches)
     taken = Steps()
@@ -75,7 +72,7 @@ def take_steps(
     with training(model):
         twin, stepper = copy.deepcopy((model, optimizer))
         names = {n: p for n, p in twin.named_parameters() if p.requires_grad and p.ndim >= 2}
-        for i, batch in enumerate(islice(cycle(given), num_steps)):
+        for i, batch in enumerate(islice(cycle(given), NUM_STEPS)):
             if i >= FEWEST and max(taken.losses) <= (1 + _enough(taken)) * taken.losses[0]:
                 break
             stepper.zero_grad()
@@ -101,10 +98,18 @@ def take_steps(
                     size = float(old.float().norm())
                     if size > 0:
                         taken.changes[n] = float((names[n].detach() - old).float().norm()) / size
-        with torch.enable_grad():  # a loss may differentiate on its way
-            total, units = objective.loss(twin, given[0])
-            taken.losses.append(float(total.detach() / units))
+        taken.losses.append(_loss_of(twin, given[0], objective))
     return taken
+
+
+def _loss_of(model: nn.Module, batch: Any, objective: Objective) -> float:
+    try:
+        with torch.no_grad():
+            total, units = objective.loss(model, batch)
+    except Exception:  # a loss may differentiate on its way
+        with torch.enable_grad():
+            total, units = objective.loss(model, batch)
+    return float(total.detach() / units)
 
 
 def _differentiated(model: nn.Module, batch: Any, objective: Objective) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +10,16 @@ import torch
 from torch import Tensor
 
 from gramian.batch import mapped
+from gramian.inspection.experiments.overlaps import opposed
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import Given, given_of
 
-__all__ = ["FAR", "Supervision", "against_labels", "silent_columns"]
+__all__ = ["FAR", "Supervision", "against_labels"]
 
 # Gradients and losses that are zero or equal up to rounding, as shares of the largest.
 EQUAL = 1e-4
 # Labels that are changed until one has an effect.
 TRIES = 4
-# Columns of an output that are looked at, and by how much they are moved, in their size.
-COLUMNS, STEP = 16, 0.05
-# The size that a loss is given, so that none of its gradients that count are zero in half precision.
-LARGE = 2.0**10
 # Scores that are right or wrong: clearly, and far.
 CLEAR, FAR = 6.0, 60.0
 # Numbers that are far from all targets, in their size.
@@ -70,7 +66,6 @@ def against_labels(asked: Asked) -> Supervision | None:
     Returns: what is wrong; `None` where nothing is, or where the loss has no labels of the batch.
     Raises: what the model raises.
     Cost: some ten evaluations of the loss.
-    Source: this library's own.
     """
     seen, replay = asked.seen, asked.replay
     whole = given_of(seen.batches[:1], seen.fed, set())
@@ -86,16 +81,37 @@ def against_labels(asked: Asked) -> Supervision | None:
         alone = all(g is one for g in others)
         if t.dtype in (torch.int64, torch.int32, torch.uint8):
             largest = max((int(g.max()) for g in _of(one.name, seen.batches)), default=0)
-            for i, out in enumerate(replay.outputs):
-                for dim in _dims(t, out, largest):
-                    found = _of_classes(replay, one, i, dim, alone=alone)
-                    if found is not None:
-                        return found[0]
+            found = _of_scores(replay, one, largest, alone=alone, is_fed=one.name in fed)
+            if found is not None:
+                return found[0]
         if one.name not in fed and alone:
             for i, out in enumerate(replay.outputs):
-                if out.shape == t.shape or out.squeeze(-1).shape == t.shape or out.shape == t.squeeze(-1).shape:
+                if _is_like(out, t):
                     return _of_values(replay, one, i, t.reshape(out.shape).to(out.dtype))
     return None
+
+
+def _of_scores(
+    replay: Replay, label: Given, largest: int, *, alone: bool, is_fed: bool
+) -> tuple[Supervision | None] | None:
+    """What the loss does with a label of classes, in a tuple; `None` where it names scores of no output."""
+    t, known = label.values[0], False
+    for i, out in enumerate(replay.outputs):
+        for dim in _dims(t, out, largest):
+            found = None if known else _of_classes(replay, label, i, dim, alone=alone)
+            if found is not None and found[0] is not None:
+                return found
+            may_overlap = alone and not is_fed and (found is None or float(out.min()) >= 0)
+            if may_overlap and (losses := opposed(replay, t, i, dim)) is not None:
+                return (Supervision("reversed", label.name, tuple(out.shape), losses=losses),)
+            known |= found is not None
+    return (None,) if known else None
+
+
+def _is_like(out: Tensor, t: Tensor) -> bool:
+    """Whether there is an entry of the labels for each of an output; one may have a dimension of one more."""
+    thin = out.squeeze(1).shape if out.ndim > 2 else out.shape
+    return t.shape in (out.shape, out.squeeze(-1).shape, thin) or out.shape == t.squeeze(-1).shape
 
 
 def _of(name: str, batches: Sequence[Any]) -> list[Tensor]:
@@ -267,36 +283,4 @@ def _of_numbers(replay: Replay, label: Given, i: int, target: Tensor, told: dict
     if is_one_way and is_even and torch.allclose(above, below, rtol=1e-3, atol=0.0):
         losses = tuple(replay.value(o) for o in (replay.outputs, *moved))
         return Supervision("unsquared", **told, losses=losses)
-    return None
-
-
-def silent_columns(asked: Asked) -> tuple[int, int] | None:
-    """A column of the outputs whose gradient is zero for all samples, though the loss changes smoothly with it.
-
-    Args:
-        asked: as in `against_labels`.
-
-    Returns: which, and of how many; `None` where there is none.
-    Raises: what the model raises.
-    Cost: a few evaluations of the loss.
-    Source: this library's own.
-    """
-    replay = asked.replay
-    if not replay.is_known or len(replay.outputs) != 1 or replay.outputs[0].ndim != 2:
-        return None
-    out = replay.outputs[0]
-    num = out.shape[1]
-    if not 2 <= num <= COLUMNS:
-        return None
-    here = replay.here
-    scale = LARGE / abs(here) if here and math.isfinite(here) else 1.0
-    still = ~replay.gradients([out], scale=scale)[0].ne(0).any(0)
-    if bool(still.all()) or not bool(still.any()):
-        return None
-    for column in still.nonzero().flatten().tolist():
-        step = torch.zeros_like(out)
-        step[:, column] = STEP * (1.0 + float(out[:, column].abs().mean()))
-        up, down = replay.value([out + step]) - here, replay.value([out - step]) - here
-        if min(abs(up), abs(down)) > EQUAL * abs(here):  # not at a step that nothing but a count has
-            return column, num
     return None

@@ -16,7 +16,7 @@ from gramian.batch import num_samples
 from gramian.inspection.passes.gate_functions import ADDITIONS, DIFFERENCES, NEGATIONS, PRODUCTS, QUOTIENTS, REVERSED
 from gramian.objective import Objective
 from gramian.operators.cuts import nodes_of
-from gramian.recording.keeping import seed_torch
+from gramian.seeding import seed_torch
 
 if TYPE_CHECKING:
     from gramian.inspection.experiments.replaying import Asked
@@ -127,7 +127,6 @@ def scalar_terms(run: Callable[[], Tensor]) -> list[tuple[float, float]]:
     Returns: factors and terms, of which there may be one.
     Raises: what `run` raises.
     Cost: that of the loss.
-    Source: this library's own.
     """
     with Terms() as terms:
         total = run()
@@ -153,7 +152,6 @@ def silent_terms(asked: Asked) -> tuple[int, int, float] | None:
     Returns: how many, of how many terms, and the first one's mean; `None` where there are none.
     Raises: what the model raises.
     Cost: a forward pass of 16 samples where there are some.
-    Source: this library's own.
     """
     terms = asked.replay.parts
     silent = [i for i, t in enumerate(terms) if not t.is_reached and t.value.numel()]
@@ -222,7 +220,6 @@ def mixed_terms(asked: Asked) -> Mixed | None:
     Returns: a `Mixed`, or `None`.
     Raises: what the model raises.
     Cost: three evaluations of the loss where it has several terms; a training step or two where these are mixed.
-    Source: this library's own.
     """
     num = num_samples(asked.seen.batches[0])
     if num < ENOUGH or asked.replay.num_terms < 2:

@@ -46,7 +46,6 @@ def rows_together(asked: Asked) -> Together | None:
     Raises: what the model raises.
     Cost: one evaluation of the loss and its gradient for each tensor that the model is not called with; six of the loss
         where there is none.
-    Source: this library's own.
     """
     replay, seen = asked.replay.of_samples, asked.seen
     whole = seen.batches[0]
@@ -80,7 +79,6 @@ def made_into_inputs(asked: Asked) -> tuple[str, ...]:
     Returns: names; none where the model is called with tensors of the batch alone.
     Raises: what the model raises.
     Cost: a forward pass of 16 samples for each tensor that the model is not called with as it is.
-    Source: this library's own.
     """
     whole = asked.seen.batches[0]
     taken = taken_of(whole, asked.seen.fed)

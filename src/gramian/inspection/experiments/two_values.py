@@ -56,7 +56,6 @@ def of_two_values(asked: Asked) -> TwoValues | None:
     Returns: a `TwoValues`, or `None`.
     Raises: what the model raises.
     Cost: four evaluations of the loss for each tensor of two values of an output's size; some ten where it is wrong.
-    Source: this library's own.
     """
     replay = asked.replay
     if not replay.is_known or not replay.outputs or asked.seen.strangers or are_bounded(asked):

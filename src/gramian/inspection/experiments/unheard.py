@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.arguments import arguments_of
 from gramian.batch import mapped, tensors
 from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.experiments.unzeroed import unzeroed
 from gramian.recording.hooks import hooks
-from gramian.recording.keeping import seed_torch
+from gramian.seeding import seed_torch
 
 __all__ = ["unheard_arguments"]
 
@@ -29,8 +30,10 @@ def unheard_arguments(asked: Asked) -> tuple[str, ...]:
     Returns: their names in `forward`; none where there is one, or none has an effect.
     Raises: what the model raises.
     Cost: two to four forward passes of 16 samples for each argument that is a tensor, where there are several.
-    Source: this library's own.
     """
+    takes = arguments_of(asked.model)
+    if not (takes.any_place or takes.any_name or len({*takes.names, *takes.places}) > 1):
+        return ()
     called: list[tuple[tuple, dict[str, Any]]] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -73,7 +73,6 @@ def without_effect(asked: Asked) -> Unused | None:
     Returns: an `Unused`; `None` where all have an effect, or there is one input.
     Raises: what the model raises.
     Cost: up to three passes of 8 samples for each input; some more, and all again, where one has no effect.
-    Source: this library's own.
     """
     model, seen, objective = asked.model, asked.seen, asked.objective
     batch = first_samples(seen.batches[0], ENOUGH)
@@ -142,7 +141,6 @@ def idle_half(asked: Asked) -> Idle | None:
     Raises: what the model raises.
     Cost: a pass forward and backward of 16 samples for each input of numbers; for each dimension along which a half has
         no gradient two forward passes, and two more where that half has no effect.
-    Source: this library's own.
     """
     fed = {one.name for one in taken_of(asked.seen.batches[0], asked.seen.fed)}
     if not asked.replay.is_known or not asked.replay.outputs:
@@ -202,9 +200,7 @@ def _is_idle(asked: Asked, before: Replay, x: Tensor, dim: int, start: int, stop
     differ = (other != x).flatten(1).any(1) & _part(x, dim, start, stop).flatten(1).any(1)
     if int(differ.sum()) < FEW:
         return False
-    changed = mapped(asked.batch, lambda t: other if t is x else t)
-    after = Replay(asked.model, changed, asked.objective).outputs
-    return len(before.outputs) == len(after) and all(map(torch.equal, before.outputs, after))
+    return _gives_the_same(asked, before, mapped(asked.batch, lambda t: other if t is x else t))
 
 
 def idle_targets(asked: Asked) -> tuple[str, ...] | None:
@@ -217,8 +213,8 @@ def idle_targets(asked: Asked) -> tuple[str, ...] | None:
 
     Returns: the names, as Python reads them off a batch; `None` where all parameters get a gradient.
     Raises: what the loss raises.
-    Cost: one evaluation of the loss for each tensor that the model is not given.
-    Source: this library's own.
+    Cost: one evaluation of the loss for each tensor that the model is not given, and a forward pass for each that has
+        no effect on it: the loss may give the model what it makes of that.
     """
     replay, seen = asked.replay, asked.seen
     if None not in seen.gradients.values() or not replay.is_known or not replay.outputs or replay.here == 0.0:
@@ -231,9 +227,16 @@ def idle_targets(asked: Asked) -> tuple[str, ...] | None:
         if given.name in fed or len(y) < 2 or bool((other == y).all()):
             continue
         changed = mapped(asked.batch, lambda t, y=y, other=other: other if t is y else t)
-        if float(replay.loss(replay.outputs, changed).detach()) == replay.here:
+        is_idle = float(replay.loss(replay.outputs, changed).detach()) == replay.here
+        if is_idle and _gives_the_same(asked, replay, changed):
             found.append(given.name)
     return tuple(found)
+
+
+def _gives_the_same(asked: Asked, before: Replay, batch: Any) -> bool:
+    """Whether the model's outputs on another batch are those of the replay, to the last bit."""
+    after = Replay(asked.model, batch, asked.objective).outputs
+    return len(before.outputs) == len(after) and all(map(torch.equal, before.outputs, after))
 
 
 def without_columns(asked: Asked) -> tuple[str, tuple[int, ...], int] | None:
@@ -245,9 +248,8 @@ def without_columns(asked: Asked) -> tuple[str, tuple[int, ...], int] | None:
     Returns: the input's name, the columns, and how many there are; `None` where all have an effect.
     Raises: what the model raises.
     Cost: a forward pass of 16 samples for each column, of up to 8.
-    Source: this library's own.
     """
-    model, seen, objective, batch = asked.model, asked.seen, asked.objective, asked.batch
+    model, seen, batch = asked.model, asked.seen, asked.batch
     fed = {g.name for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input}
     given = [g for g in given_of([batch], set(), set()) if g.name in fed]
     if len(given) != 1 or given[0].values[0].ndim != 2 or not 2 <= given[0].values[0].shape[1] <= COLUMNS:
@@ -259,9 +261,7 @@ def without_columns(asked: Asked) -> tuple[str, tuple[int, ...], int] | None:
     def is_silent(column: int) -> bool:
         other = x.clone()
         other[:, column] = x[:, column].roll(1, 0)
-        outputs = Replay(model, mapped(batch, lambda t: other if t is x else t), objective).outputs
-        before = asked.replay.outputs
-        return len(outputs) == len(before) and all(torch.equal(a, b) for a, b in zip(outputs, before, strict=True))
+        return _gives_the_same(asked, asked.replay, mapped(batch, lambda t: other if t is x else t))
 
     if not asked.replay.is_known or not asked.replay.outputs:
         return None

@@ -17,9 +17,9 @@ from gramian.inspection.passes.following import Follower
 from gramian.inspection.passes.gate_functions import PRODUCTS
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
-from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import training
 from gramian.recording.taps import in_vmap
+from gramian.seeding import seed_torch
 
 __all__ = ["Zeroed", "find_zeroed"]
 
@@ -140,7 +140,6 @@ def find_zeroed(
     Raises: what the model raises.
     Cost: nothing where no gradient is exactly zero; else a forward pass, and some 12 passes forward and backward where
         a product with zeros is found.
-    Source: this library's own.
     """
     trained = {n: p for n, p in model.named_parameters() if observed.gradients.get(n) is not None}
     still = {n: p for n, p in trained.items() if observed.gradients[n] == 0.0 and n not in waiting}

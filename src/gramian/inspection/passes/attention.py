@@ -26,9 +26,7 @@ def entropy_and_masked(weights: Tensor, scores: Tensor | None) -> tuple[Tensor, 
             are zero then count as masked.
 
     Returns: both, the first over the queries that see several keys, and the number of these; scalars on the device.
-    Raises: nothing of its own.
     Cost: a few passes over the weights.
-    Source: this library's own.
     """
     p = weights.detach().float().nan_to_num()
     seen = (p > 0 if scores is None else scores.detach().float() > MASKED).sum(-1)

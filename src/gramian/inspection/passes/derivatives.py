@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 
 from gramian.batch import tensors
 from gramian.inspection.passes.following import Follower
+from gramian.recording.hooks import hooks
 
 __all__ = ["first_infinite_derivative", "first_zero_derivative", "gradients_of"]
 
@@ -51,7 +52,6 @@ def first_zero_derivative(model: nn.Module, forward: Callable[[], Tensor]) -> tu
     Returns: the module's name, or "loss", and the operation; `None` where no such operation does.
     Raises: what `forward` raises.
     Cost: as `first_infinite_derivative`.
-    Source: this library's own.
 
     >>> net = nn.Sequential(nn.Linear(1, 1))
     >>> first_zero_derivative(net, lambda: net(torch.ones(1, 1)).round().sum())
@@ -75,14 +75,11 @@ def _first(model: nn.Module, forward: Callable[[], Tensor], is_it: Callable[...,
     if scalar.grad_fn is None or not parameters:
         return None
     found: list[tuple[str, str]] = []
-    hooks = [
+    handles = [
         node.register_hook(_looker(place, node, found, is_it)) for node, place in _walked(scalar.grad_fn, places.made)
     ]
-    try:
+    with hooks(handles):
         torch.autograd.grad(scalar, parameters, allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found[0] if found else None
 
 
@@ -98,7 +95,6 @@ def gradients_of(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
     Returns: a gradient each; `None` where the loss does not depend on it.
     Raises: what the backward pass raises.
     Cost: a backward pass.
-    Source: this library's own.
 
     >>> w = torch.ones(2, requires_grad=True)
     >>> loss = (w * w).sum()

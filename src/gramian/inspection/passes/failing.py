@@ -28,9 +28,7 @@ def steps_run(model: nn.Module, batches: Iterable[Any], objective: Objective) ->
         objective: gives the loss.
 
     Returns: whether no loss and no gradient raises.
-    Raises: nothing of its own.
     Cost: a training step for each batch.
-    Source: this library's own.
     """
     try:
         with training(model), torch.enable_grad():

@@ -69,9 +69,6 @@ def taken_of(batch: Any, fed: Collection[tuple[int, int]]) -> list[Taken]:
         fed: keys of the tensors with which the model was called.
 
     Returns: a list, without weights of samples.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
     """
     found = []
     for given in given_of([batch], set(fed), set()):
@@ -102,9 +99,6 @@ def given_of(batches: Sequence[Any], fed: set[tuple[int, int]], compared: set[tu
         compared: keys of the targets of its losses.
 
     Returns: a list, without weights of samples; empty where the batches differ in form.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
     """
     leaves = [dict(_leaves(batch, "batch")) for batch in batches]
     if not leaves or any(one.keys() != leaves[0].keys() for one in leaves):

@@ -82,6 +82,7 @@ class Observed:
         first_loss: mean over units of the first batch, in training mode.
         loss: the same, where those of the other batches are finite too; else NaN.
         batches: the batches themselves, for the rules about data.
+        left: those of them that an optimizer's steps are to run, which tell too whether their loss is finite.
         first_non_finite: module and operation that made the first value that is not finite out of finite ones.
         first_infinite_derivative: module and operation that made the first gradient that is not finite.
         labels: smallest and largest label, and the number of classes, of the first batch.
@@ -152,6 +153,7 @@ class Observed:
     loss: float = float("nan")
     first_loss: float = float("nan")
     batches: list[Any] = field(default_factory=list)
+    left: list[Any] = field(default_factory=list)
     first_non_finite: tuple[str, str] | None = None
     first_infinite_derivative: tuple[str, str] | None = None
     branch_ends: set[str] = field(default_factory=set)

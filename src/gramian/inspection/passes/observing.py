@@ -20,10 +20,10 @@ from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.records import FirstStep
 from gramian.inspection.passes.watching import Watcher
 from gramian.objective import Objective
-from gramian.recording.keeping import noted_random
 from gramian.recording.measuring import batch_statistics, evaluating, training
+from gramian.seeding import noted_random
 
-__all__ = ["NUM_BATCHES", "observe"]
+__all__ = ["NUM_BATCHES", "observe", "observe_left"]
 
 # Batches that are read for a diagnosis of the signal; the first is watched.
 NUM_BATCHES = 4
@@ -34,68 +34,111 @@ def observe(
     batches: Iterable[Any],
     objective: Objective,
     *,
-    num_batches: int = NUM_BATCHES,
-    keeps_gradients: bool = False,
+    num_steps: int = 0,
 ) -> Observed:
     """Run a few training steps without the step, and say what every module gave and got back.
 
     Args:
         model: left as it was: parameters, their `.grad`, buffers, modes, random state.
-        batches: the first `num_batches` are read.
+        batches: the first `NUM_BATCHES` are read.
         objective: its loss is differentiated.
-        num_batches: how many.
-        keeps_gradients: whether to keep those of the first batch, for an optimizer's first step.
+        num_steps: that an optimizer will take on these batches in turn: the gradients of the first are kept for it,
+            and other batches that it runs are left to it, in `left`, if the first can be.
 
     Returns: an `Observed`.
     Raises: what the model raises.
     Cost: a training step without the optimizer, a few passes over each activation, and a forward pass of each other
-        batch, without a graph and without dropout; a training step of these as long as parameters get no gradient.
-    Source: this library's own.
+        batch that is not left, without a graph and without dropout; a training step of these as long as parameters get
+        no gradient.
     """
     seen = Observed()
-    seen.batches = list(islice(batches, num_batches))
-    parameters = dict(model.named_parameters())
+    seen.batches = list(islice(batches, NUM_BATCHES))
     with training(model):
         for i, batch in enumerate(seen.batches):
-            reaches = i == 0 or None in seen.gradients.values()  # experts that the first batch did not use, say
-            if not reaches and (loss := _quickly(model, batch, objective)) is not None:
-                seen.loss += loss - loss  # 0 or NaN
+            if 0 < i < num_steps and seen.first_step is not None and None not in seen.gradients.values():
+                seen.left.append(batch)
                 continue
-            written = _versions(batch) if i == 0 else {}
-            states = [version(t) for t in _state(model)]
-            total = None  # lets go of the graph of the batch before
-            try:
-                with Watcher(model, seen).installed() if i == 0 else nullcontext(), torch.enable_grad():
-                    total, units = objective.loss(model, batch)
-            except Exception as error:
-                seen.labels = seen.labels or _labels_of(model, batch, objective)
-                if seen.labels is None or 0 <= seen.labels[0] <= seen.labels[1] < seen.labels[2]:
-                    raise
-                seen.error = error
+            _look_at(model, batch, objective, seen, is_first=i == 0, keeps_gradients=num_steps > 0)
+            if seen.error is not None:
                 return seen
-            if reaches:
-                is_kept = keeps_gradients and i == 0 and states == [version(t) for t in _state(model)]
-                _differentiate(total / units, parameters, seen, keeps_gradients=is_kept)
-            loss = float(total.detach()) / float(units)
-            if i == 0:
-                seen.changed = tuple(name for name, now in _versions(batch).items() if now != written.get(name, now))
-                seen.loss = seen.first_loss = loss
-            seen.loss += loss - loss
-        if seen.batches and not (math.isfinite(seen.loss) and all(call.output.is_finite for call in seen.calls)):
-            for batch in seen.batches:
-                watcher = Watcher(model, Observed(), careful=True)
-                with watcher.installed(), torch.enable_grad():
-                    objective.loss(model, batch)
-                seen.first_non_finite = watcher.first_non_finite
-                if seen.first_non_finite is not None:
-                    break
-        elif any(g is not None and not math.isfinite(g) for g in seen.gradients.values()):
-            seen.first_infinite_derivative = first_infinite_derivative(
-                model, lambda: torch.stack([objective.loss(model, batch)[0] for batch in seen.batches]).sum()
-            )
-        elif any(g == 0.0 and parameters[n].ndim > 1 for n, g in seen.gradients.items()):
-            seen.stopped = first_zero_derivative(model, lambda: objective.loss(model, seen.batches[0])[0])
+        _explain(model, objective, seen)
     return seen
+
+
+def observe_left(model: nn.Module, objective: Objective, seen: Observed) -> None:
+    """Run the batches that were left to steps, where these did not show that all is finite.
+
+    Args:
+        model, objective: as in `observe`.
+        seen: what it returned, to which is added.
+
+    Raises: what the model raises.
+    Cost: as in `observe`.
+    Source: this library's own.
+    """
+    left, seen.left = seen.left, []
+    with training(model):
+        for batch in left:
+            _look_at(model, batch, objective, seen)
+            if seen.error is not None:
+                return
+        if left:
+            _explain(model, objective, seen)
+
+
+def _look_at(
+    model: nn.Module,
+    batch: Any,
+    objective: Objective,
+    seen: Observed,
+    *,
+    is_first: bool = False,
+    keeps_gradients: bool = False,
+) -> None:
+    """Runs one batch; the first is watched, and those that follow are differentiated until all get a gradient."""
+    reaches = is_first or None in seen.gradients.values()  # experts that the first batch did not use, say
+    if not reaches and (loss := _quickly(model, batch, objective)) is not None:
+        seen.loss += loss - loss  # 0 or NaN
+        return
+    written = _versions(batch) if is_first else {}
+    states = [version(t) for t in _state(model)]
+    try:
+        with Watcher(model, seen).installed() if is_first else nullcontext(), torch.enable_grad():
+            total, units = objective.loss(model, batch)
+    except Exception as error:
+        seen.labels = seen.labels or _labels_of(model, batch, objective)
+        if seen.labels is None or 0 <= seen.labels[0] <= seen.labels[1] < seen.labels[2]:
+            raise
+        seen.error = error
+        return
+    if reaches:
+        is_kept = keeps_gradients and is_first and states == [version(t) for t in _state(model)]
+        parameters = dict(model.named_parameters())
+        _differentiate(total / units, parameters, seen, keeps_gradients=is_kept)
+    loss = float(total.detach()) / float(units)
+    if is_first:
+        seen.changed = tuple(name for name, now in _versions(batch).items() if now != written.get(name, now))
+        seen.loss = seen.first_loss = loss
+    seen.loss += loss - loss
+
+
+def _explain(model: nn.Module, objective: Objective, seen: Observed) -> None:
+    """Looks for the operation that made something NaN, infinite or zero, where something is."""
+    shapes = {name: p.ndim for name, p in model.named_parameters()}
+    if seen.batches and not (math.isfinite(seen.loss) and all(call.output.is_finite for call in seen.calls)):
+        for batch in seen.batches:
+            watcher = Watcher(model, Observed(), careful=True)
+            with watcher.installed(), torch.enable_grad():
+                objective.loss(model, batch)
+            seen.first_non_finite = watcher.first_non_finite
+            if seen.first_non_finite is not None:
+                break
+    elif any(g is not None and not math.isfinite(g) for g in seen.gradients.values()):
+        seen.first_infinite_derivative = first_infinite_derivative(
+            model, lambda: torch.stack([objective.loss(model, batch)[0] for batch in seen.batches]).sum()
+        )
+    elif any(g == 0.0 and shapes[n] > 1 for n, g in seen.gradients.items()):
+        seen.stopped = first_zero_derivative(model, lambda: objective.loss(model, seen.batches[0])[0])
 
 
 def _quickly(model: nn.Module, batch: Any, objective: Objective) -> float | None:

@@ -93,9 +93,7 @@ def find_origin(
         when: the step, in words.
 
     Returns: the finding.
-    Raises: nothing of its own.
     Cost: a pass over the weights and a forward pass with a look at each operation.
-    Source: this library's own.
     """
     weights = [n for n, p in model.named_parameters() if not are_finite([values_of(p)])]
     if weights:

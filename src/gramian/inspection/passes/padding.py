@@ -26,9 +26,7 @@ def padding_of(model: nn.Module, batch: Any, x: Tensor, *, is_main: bool = True)
         is_main: whether the batch's mask is of these.
 
     Returns: true where they are padding; `None` where nothing tells.
-    Raises: nothing of its own.
     Cost: a pass over the tokens.
-    Source: this library's own.
     """
     if x.ndim == 2 and not x.is_floating_point():
         for module in model.modules():
@@ -53,9 +51,7 @@ def filled_ends(x: Tensor) -> Tensor | None:
         x: (N, T) tokens.
 
     Returns: true there; `None` where none does.
-    Raises: nothing of its own.
     Cost: a few passes over the tokens.
-    Source: this library's own.
     """
     for tokens in (x, x.flip(1)):
         value = tokens[:, -1].mode().values

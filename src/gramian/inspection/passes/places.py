@@ -22,9 +22,7 @@ def places(observed: Observed, measured: Measured, updates: Mapping[str, float])
         updates: relative change in the optimizer's first step, by parameter; empty where none was given.
 
     Returns: one place a call, in forward order. A module with several matrices has the mean of their logarithms.
-    Raises: nothing of its own.
     Cost: linear.
-    Source: this library's own.
     """
     of_module: dict[str, list[Layer]] = {}
     for layer in measured.layers:

@@ -72,9 +72,7 @@ def trace(t: Tensor, names: Mapping[int, str], *, is_before: bool = False) -> Tr
         is_before: whether the tensor is no gate, so that the way back ends at the functions that gates are made with.
 
     Returns: a `Trace`.
-    Raises: nothing of its own.
     Cost: linear in the nodes between, without touching a value.
-    Source: this library's own.
     """
     found: dict[Source, None] = {}
     ends: set[tuple[Any, tuple[Rows, ...]]] = set()

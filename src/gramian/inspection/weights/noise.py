@@ -69,7 +69,6 @@ def against_noise(sigma: Tensor, shape: tuple[int, int], clipped_top: float | No
         clipped_top: the largest singular value after a few extreme entries are clipped, where there are any. Values
             above the edge that clipping removes are explained by those entries, and are not counted.
     Returns: the comparison.
-    Raises: nothing of its own.
     Cost: O(min(m, n)) and a determinant of side 28. Accuracy: of p, that of the limit law, O(n^(−2/3)) with this
         centering for Gaussian entries.
     Source: Marchenko & Pastur, Math. USSR-Sb. 1 (1967); Johnstone, Ann. Statist. 29 (2001), theorem 1.1; the centering

@@ -78,14 +78,13 @@ class Quadrature:
 
 
 @in_full_precision
-def sample_spectrum(w: Float[Tensor, "m n"], block: int, steps: int, seed: int = 0) -> Quadrature:
+def sample_spectrum(w: Float[Tensor, "m n"], block: int, steps: int) -> Quadrature:
     """Run block Lanczos on WᵀW from Gaussian vectors and return the quadrature that it defines.
 
     Args:
         w: `(m, n)`, m ≥ n, float32 or float64, scaled so that σ₁² neither overflows nor underflows.
         block: the number of starting vectors, at most n of which are used.
         steps: products with W and with Wᵀ; fewer where the Krylov space is the whole space before.
-        seed: of the starting vectors.
 
     Returns: the Ritz values with their residuals and weights.
 
@@ -94,7 +93,7 @@ def sample_spectrum(w: Float[Tensor, "m n"], block: int, steps: int, seed: int =
     Source: Golub & Meurant, Matrices, Moments and Quadrature (2010), §4.3.
     """
     n = w.shape[1]
-    generator = torch.Generator(w.device).manual_seed(seed)
+    generator = torch.Generator(w.device).manual_seed(0)
     start = torch.randn(n, min(block, n), dtype=w.dtype, device=w.device, generator=generator).mT[None]
     found = _run(w, start, steps)
     values, s, residuals = krylov.ritz_pairs(found)

@@ -61,7 +61,6 @@ def fit_tail(sigma: Tensor) -> Tail:
     Args:
         sigma: all singular values, largest first, float64.
     Returns: the tail; the same spectrum gives the same interval, since the resampling is seeded.
-    Raises: nothing of its own.
     Cost: O(48 · 40 · n).
     Source: Clauset, Shalizi & Newman, SIAM Review 51 (2009), eq. 3.1, 3.9 and §5; Vuong, Econometrica 57 (1989).
     """

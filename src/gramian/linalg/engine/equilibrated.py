@@ -67,14 +67,13 @@ def of_columns(x: Tensor, exponent: Tensor) -> Tensor:
     return scale(x.mT, -exponent).mT
 
 
-def equilibration(x: Tensor, *, columns_only: bool = False) -> Scaling:
+def equilibration(x: Tensor) -> Scaling:
     """How to scale x (B, m, n) in float64."""
     b, m, n = x.shape
     rows, columns = (torch.zeros(b, k, dtype=torch.long, device=x.device) for k in (m, n))
     if x.numel():
         for share in (*([2] * SWEEPS), 1):
-            if not columns_only:
-                rows = rows + _exponents(of_columns(of_rows(x, rows), columns), -1) // share
+            rows = rows + _exponents(of_columns(of_rows(x, rows), columns), -1) // share
             columns = columns + _exponents(of_columns(of_rows(x, rows), columns), -2) // share
         first, second = rows.amin(-1, keepdim=True), columns.amin(-1, keepdim=True)
         return Scaling(rows - first, columns - second, (first + second)[:, 0])

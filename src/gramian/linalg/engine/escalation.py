@@ -125,6 +125,9 @@ def ladder(methods: Mapping[str, Method], shape: Sequence[int], rtol: float, dev
     return names
 
 
+AGAIN = (cert.INACCURATE, cert.SINGULAR, cert.OVERFLOW, cert.UNDERFLOW, cert.NO_SIGN, cert.ON_CUT)
+"""Failures by one method that may be none by the next."""
+
 Rung = TypeVar("Rung")
 Values = tuple[Tensor, ...]
 
@@ -156,11 +159,12 @@ def climb(
             kept = rows[better]
             for whole, part in zip((*values, *certificate.tensors()), (*found, *proof.tensors()), strict=True):
                 whole[kept] = part[better]
-        if last or not certificate.reason.numel():
+        if last or (certificate.converged.device.type == "cpu" and bool(certificate.converged.all())):
             break
-        # What overflows by a cheap method may just fit by a finer one, and eigenvalues near an axis may be off it.
+        # What overflows by a cheap method may just fit by a finer one, what underflows be zero, and eigenvalues near an
+        # axis be off it.
         reason = certificate.reason
-        again = (reason == cert.INACCURATE) | (reason == cert.SINGULAR) | (reason == cert.OVERFLOW) | _on_axis(reason)
+        again = torch.isin(reason, reason.new_tensor(AGAIN))
         rows = again.nonzero().flatten()
         if not rows.numel():
             break
@@ -189,7 +193,6 @@ def settle(
     It is NaN where the matrix was not finite.
     """
     value = answer.value
-    failed = ~loaded.finite
     out = (value if exponent is None else scale(value, exponent)).to(loaded.dtype)
     if not certify:
         return _bare(loaded, out, answer, code, methods)
@@ -222,11 +225,17 @@ def settle(
     # A value that holds inf or NaN itself gives a rounding of NaN.
     overflow = (answer.reason == cert.NONE) & (rounding == math.inf) & answer.error.isfinite()
     reason = torch.where(overflow, cert.OVERFLOW, answer.reason)
+    missed = (reason == cert.NONE) & ~(bound <= rtol)
+    if value.device.type != "cpu" or bool(missed.any()):
+        # Both the error and the answer are nothing beside the least normal number.
+        tiny = torch.finfo(loaded.dtype).tiny
+        error = answer.error if exponent is None else scale(answer.error, exponent)
+        reason = torch.where(missed & (largest_entry(out) < tiny) & (error < tiny), cert.UNDERFLOW, reason)
     if loaded.asymmetric is not None:
         reason = torch.where(loaded.asymmetric, cert.NOT_SYMMETRIC, reason)
-    reason = torch.where(failed, cert.NOT_FINITE, reason)
-    if value.device.type != "cpu" or bool(failed.any()):
-        out = torch.where(failed.reshape((-1,) + (1,) * (out.ndim - 1)), math.nan, out)
+    if not loaded.ordinary:
+        reason = torch.where(loaded.finite, reason, cert.NOT_FINITE)
+        out = torch.where(loaded.finite.reshape((-1,) + (1,) * (out.ndim - 1)), out, math.nan)
     return out, verdict(
         bound,
         rtol,
@@ -244,7 +253,7 @@ def _bare(loaded: Loaded, out: Tensor, answer: Answer, code: int, methods: Seque
     reason = torch.where(answer.reason == cert.NONE, cert.UNASKED, answer.reason)
     if loaded.asymmetric is not None:
         reason = torch.where(loaded.asymmetric, cert.NOT_SYMMETRIC, reason)
-    if loaded.raw.device.type != "cpu" or not bool(loaded.finite.all()):
+    if not loaded.ordinary:
         out = torch.where(loaded.finite.reshape((-1,) + (1,) * (out.ndim - 1)), out, math.nan)
         reason = torch.where(loaded.finite, reason, cert.NOT_FINITE)
     proof = uncertified(reason.shape, reason.device, methods=methods, code=code, steps=answer.steps)

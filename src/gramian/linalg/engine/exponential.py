@@ -10,15 +10,15 @@ Appl. 31 (2009), theorem 4.2). The rounding of each product is bounded, and carr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gramian.linalg.engine.double_double import Pair, Product, eye_like, pair, product, two_sum
+from gramian.linalg.engine.double_double import Pair, Product, eye_like, pair, product, two_sum, unbounded
 from gramian.linalg.engine.rounding import U, gamma, norm
-from gramian.linalg.engine.scaling import exponent_of, scale
+from gramian.linalg.engine.scaling import exponent_of, scale, scaled_alike
 
 SCHEMES = ((4, 2), (9, 3), (16, 4), (25, 5), (36, 6))
 """Degree and block of Paterson and Stockmeyer's scheme: j − 1 products for the powers, degree/j − 1 for the rest."""
@@ -72,7 +72,7 @@ def exponential(
         return Exponential(pair(a.hi), zero, 0, zero.double())
     fine = times is product
     start = _exponent_above(norm(a.hi))
-    b = Pair(scale(a.hi, -start), scale(a.lo, -start), scale(a.error, -start))
+    b = _scaled(a, -start)
     powers = [b, times(b, b)]
     powers.append(times(b, powers[1]))
     sizes = [_size(x, k + 1) for k, x in enumerate(powers)]
@@ -92,7 +92,7 @@ def exponential(
     remainder = tail / norm(x.hi)
     exponent = torch.zeros_like(squarings)
     most = int(squarings.max()) if len(squarings) else 0
-    hi, lo = x.hi, x.lo
+    hi, lo = x.hi, x.lo.contiguous()
     for k in range(most):
         rows = (squarings > k).nonzero().flatten()
         part, tiny, blur = hi[rows], lo[rows], error[rows]
@@ -102,7 +102,7 @@ def exponential(
             blur = (2 * (two_norm(part) + norm(tiny)) + blur) * blur + square.error
         down = exponent_of(square.hi)
         # The bit by which entries may still grow does no harm, and what scales is exact.
-        hi[rows], lo[rows], error[rows] = scale(square.hi, -down), scale(square.lo, -down), scale(blur, -down)
+        hi[rows], lo[rows], error[rows] = _scaled(square._replace(error=blur), -down)
         exponent[rows] = 2 * exponent[rows] + down
     error = error.nan_to_num(nan=math.inf)
     return Exponential(Pair(hi, lo, error), exponent, most, remainder)
@@ -131,50 +131,83 @@ def _plan(
     sizes: list[Tensor], start: Tensor, fine: bool, schemes: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, tuple[int, int]]:
     """The scheme with the fewest products for the batch, and the squarings (B,) of each matrix."""
-    best: tuple[int, Tensor, tuple[int, int]] | None = None
-    for degree, block in schemes:
-        target = FINE_REMAINDER if fine else REMAINDER
-        theta = (target * float(math.factorial(degree + 1))) ** (1 / (degree + 1))
-        alpha = _alpha(sizes, degree)
-        # log₂(α 2^start / θ), rounded up.
-        need = torch.where(alpha > 0, (alpha / theta).log2().ceil() + start, 0.0)
-        s = need.nan_to_num(nan=1e9, posinf=1e9).clamp(0, 1e9).long()
-        most = int(s.clamp_max(SQUARINGS).max()) if len(s) else 0
-        cost = block - 1 + degree // block - 1 + most
-        if best is None or cost < best[0]:
-            best = (cost, s, (degree, block))
-    assert best is not None
-    return best[1], best[2]
+    alpha = _alpha(sizes, 0)
+    need = torch.where(alpha > 0, alpha.log2() + start, -math.inf).nan_to_num(nan=1e9, posinf=1e9)
+    most = float(need.max()) if len(need) else 0.0
+    target = FINE_REMAINDER if fine else REMAINDER
+
+    def room(degree: int) -> float:
+        """log₂ θ."""
+        return math.log2(target * float(math.factorial(degree + 1))) / (degree + 1)
+
+    def cost(scheme: tuple[int, int]) -> float:
+        degree, block = scheme
+        return block - 1 + degree // block - 1 + min(max(math.ceil(most - room(degree)), 0), SQUARINGS)
+
+    best = min(schemes, key=cost)
+    return (need - room(best[0])).ceil().clamp(0, 1e9).long(), best
 
 
 def _scaled(x: Pair, exponent: Tensor) -> Pair:
-    return Pair(scale(x.hi, exponent), scale(x.lo, exponent), scale(x.error, exponent))
+    return Pair(*scaled_alike(x, exponent))
 
 
 def _taylor(powers: list[Pair], degree: int, times: Product) -> Pair:
     """Σₖ Aᵏ/k! for k ≤ degree, from A … Aʲ."""
     block = len(powers)
     rows = degree // block
-    total = _part(powers, (rows - 1) * block, block + 1, times)
+    part, add = (_fine_part(powers), _sum) if times is product else (_plain_part(powers, times), _plain_sum)
+    total = part((rows - 1) * block, block + 1)
     for i in range(rows - 2, -1, -1):
-        total = _sum(times(total, powers[-1]), _part(powers, i * block, block, times))
+        total = add(times(total, powers[-1]), part(i * block, block))
     return total
 
 
-def _part(powers: list[Pair], first: int, count: int, times: Product) -> Pair:
-    """Σ Aᵏ/(first + k)! for k < count."""
-    total = times_number(eye_like(powers[0].hi), first, times)
-    for k in range(1, count):
-        total = _sum(total, times_number(powers[k - 1], first + k, times))
-    return total
+Part = Callable[[int, int], Pair]
+"""Σ Aᵏ/(first + k)! for k < count, from `first` and `count`."""
 
 
-def times_number(x: Pair, k: int, times: Product) -> Pair:
-    """x/k!, as a pair if `times` is `product`, else with one rounding."""
+def _fine_part(powers: list[Pair]) -> Part:
+    def part(first: int, count: int) -> Pair:
+        total = times_number(eye_like(powers[0].hi), first)
+        for k in range(1, count):
+            total = _sum(total, times_number(powers[k - 1], first + k))
+        return total
+
+    return part
+
+
+def _plain_part(powers: list[Pair], times: Product) -> Part:
+    """In plain float64, with its rounding unless `times` has none either; what is low in the powers is dropped."""
+    stack = torch.stack([x.hi for x in powers])
+    lost = sizes = torch.zeros_like(stack[:, :, 0, 0])
+    if times is not unbounded:
+        lost = torch.stack([x.error + norm(x.lo) for x in powers])
+        sizes = torch.linalg.vector_norm(stack, dim=(-2, -1))
+
+    def part(first: int, count: int) -> Pair:
+        start, *rest = (1 / math.factorial(first + k) for k in range(count))
+        weights = stack.new_tensor(rest)
+        total = torch.tensordot(weights, stack[: count - 1], 1)
+        total.diagonal(dim1=-2, dim2=-1).add_(start)
+        error = weights @ lost[: count - 1]
+        if times is not unbounded:
+            whole = weights @ sizes[: count - 1] + start * math.sqrt(total.shape[-1])
+            error = (error + gamma(count + 3) * whole) * (1 + 2.0**-40)
+        return pair(total)._replace(error=error)
+
+    return part
+
+
+def _plain_sum(a: Pair, b: Pair) -> Pair:
+    value = a.hi + b.hi
+    return Pair(value, a.lo, a.error + b.error + 2 * U * norm(value))
+
+
+def times_number(x: Pair, k: int) -> Pair:
+    """x/k!, as a pair."""
     exact = math.factorial(k)
     c = 1 / exact
-    if times is not product:
-        return Pair(x.hi * c, torch.zeros_like(x.hi), c * (x.error + norm(x.lo)) * (1 + U) + 2 * U * c * norm(x.hi))
     # 1/k! = c + low, from integers, so that nothing is lost.
     numerator, denominator = c.as_integer_ratio()
     low = (denominator - numerator * exact) / (denominator * exact)

@@ -181,8 +181,8 @@ def lanczos(
     return found
 
 
-def overlap(n: int, r: int, failure: float = FAILURE) -> float:
-    """A g with P(‖uᵀW₁‖ < g) ≤ failure, for a fixed unit u and the span W₁ of r Gaussian vectors in n dimensions.
+def overlap(n: int, r: int) -> float:
+    """A g with P(‖uᵀW₁‖ < g) ≤ `FAILURE`, for a fixed unit u and the span W₁ of r Gaussian vectors in n dimensions.
 
     ‖uᵀW₁‖² is Beta(r/2, (n − r)/2), and P(Beta ≤ x) ≤ 1.5 x^(r/2) (n/2)^(r/2) / Γ(r/2 + 1) for x below 1/2.
 
@@ -191,7 +191,7 @@ def overlap(n: int, r: int, failure: float = FAILURE) -> float:
     """
     if r >= n:
         return 1.0
-    log_x = (math.log(failure / 1.5) + math.lgamma(r / 2 + 1)) * 2 / r - math.log(n / 2)
+    log_x = (math.log(FAILURE / 1.5) + math.lgamma(r / 2 + 1)) * 2 / r - math.log(n / 2)
     return math.exp(min(log_x, math.log(0.5)) / 2)
 
 

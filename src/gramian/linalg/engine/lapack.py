@@ -63,6 +63,12 @@ def eig(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return w, v, ok
 
 
+def eigvals(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Complex eigenvalues (B, n) of any matrix, and for which LAPACK converged (B,)."""
+    (w,), ok = _each(lambda y: (torch.linalg.eigvals(y),), x)
+    return w, ok
+
+
 def eigvalsh(x: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (B, n) ascending, and for which matrices LAPACK converged (B,)."""
     (w,), ok = _each(lambda y: (torch.linalg.eigvalsh(y),), x)

@@ -55,13 +55,18 @@ class Loaded:
         """
         x = self.raw
         work = work or torch.promote_types(self.dtype, torch.float32)
-        if self.raw.device.type != "cpu" or not bool(self.finite.all()):
+        if not self.ordinary:
             eye = torch.eye(*x.shape[1:], dtype=x.dtype, device=x.device)
             x = torch.where(self.finite[:, None, None], x, eye)
         # float64 is scaled before it is narrowed, since float32 may not hold it; narrower types are widened first.
         if x.dtype == torch.float64:
             return scale(x, -self.down).to(work)
         return scale(x.to(work), -self.down, inplace=x.dtype != work)
+
+    @cached_property
+    def ordinary(self) -> bool:
+        """Whether all are finite, as far as a CPU tells: another device is not waited for."""
+        return self.raw.device.type == "cpu" and bool(self.finite.all())
 
     @cached_property
     def x(self) -> Tensor:

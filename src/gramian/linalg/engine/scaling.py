@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,15 +23,29 @@ def scale(x: Tensor, exponent: Tensor, *, inplace: bool = False) -> Tensor:
     It multiplies by two halves of the power; on a CPU by one factor, or none, where that suffices.
     """
     tail = (1,) * (x.ndim - exponent.ndim)
-    half = exponent // 2
-    factors = [half, exponent - half]
-    if x.device.type == "cpu" and exponent.numel():
-        largest = int(exponent.abs().amax())
-        factors = [] if largest == 0 else [exponent] if largest < -math.log2(torch.finfo(x.dtype).tiny) else factors
-    for e in factors:
+    for e in _steps(exponent, x.dtype):
         factor = pow2(e).to(x.dtype).reshape(*e.shape, *tail)
         x = x.mul_(factor) if inplace else x * factor
     return x
+
+
+def scaled_alike(tensors: Iterable[Tensor], exponent: Tensor) -> Iterator[Tensor]:
+    """Each of several float64 tensors times 2^exponent, as by `scale`."""
+    factors = [pow2(e) for e in _steps(exponent, torch.float64)]
+    for x in tensors:
+        for factor in factors:
+            x = x * factor.reshape(*exponent.shape, *(1,) * (x.ndim - exponent.ndim))
+        yield x
+
+
+def _steps(exponent: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Exponents that sum to `exponent`, whose powers of two `dtype` holds: on a CPU one or none if that suffices."""
+    if exponent.device.type == "cpu" and exponent.numel():
+        largest = int(exponent.abs().amax())
+        if largest < -math.log2(torch.finfo(dtype).tiny):
+            return [exponent] if largest else []
+    half = exponent // 2
+    return [half, exponent - half]
 
 
 def peak(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:

@@ -158,10 +158,9 @@ def _beta(n: Tensor, steps: Steps, d: Directions, sign: Tensor | None) -> Tensor
     return torch.where(left < 0.25, 1.5 * operator_norm(z, d), math.inf)
 
 
-def _solve(steps: Steps, c: Tensor, *, adjoint: bool = False) -> Tensor:
-    """Z with NZ + ZN = C, or Nᵀ in place of N, for C (..., B, n, n), by the recorded steps."""
+def _solve(steps: Steps, c: Tensor) -> Tensor:
+    """Z with NZ + ZN = C, for C (..., B, n, n), by the recorded steps."""
     for mu, y in zip(steps.factors, steps.inverses, strict=True):
-        y = y.mT if adjoint else y
         c = (mu * c + (y @ c @ y) / mu) / 2
     return c / 2
 

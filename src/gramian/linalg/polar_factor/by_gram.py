@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.backward_error import Rows, backward_error, tightened
 from gramian.linalg.engine.double_double import eye_like, minus, pair, product, transpose
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import SMALL, Answer
@@ -42,7 +43,7 @@ def gram_eigh32(x: Tensor, *, rtol: float, certify: bool = True) -> Answer | Non
     return _from_eigenpairs(x, w, v, ok, 2.0**-23, rtol, certify)
 
 
-def gram_eigh64(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
+def gram_eigh64(x: Tensor, *, rtol: float, certify: bool = True, dtype: torch.dtype = torch.float64) -> Answer:
     """By a Gram matrix and an eigendecomposition in float64; error uκ². A is applied in float32 if κ and A allow."""
     wide = x.double()  # once, where it is used again
     w, v, ok = lapack.eigh(gram(wide))
@@ -50,10 +51,19 @@ def gram_eigh64(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
         kappa = (w[..., -1:] / w[..., :1].clamp_min(2.0**-1000)).sqrt()
         costly = PRODUCT32_ERROR[0] + PRODUCT32_ERROR[1] * kappa > min(rtol, 2e-4)
         x, v = (wide, v) if w.shape[-1] <= SMALL or bool(costly.any()) else (x, v.float())
-    return _from_eigenpairs(x, w, v, ok, 2 * U, rtol, certify)
+    return _from_eigenpairs(x, w, v, ok, 2 * U, rtol, certify, dtype)
 
 
-def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float, rtol: float, certify: bool) -> Answer:
+def _from_eigenpairs(
+    x: Tensor,
+    w: Tensor,
+    v: Tensor,
+    ok: Tensor,
+    eps: float,
+    rtol: float,
+    certify: bool,
+    dtype: torch.dtype = torch.float64,
+) -> Answer:
     """A Z with Z = V w^(-1/2) Vᵀ, certified."""
     n = x.shape[-1]
     top = w.abs().amax(-1, keepdim=True) if n else w.new_zeros(w.shape[0], 1)
@@ -69,7 +79,7 @@ def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float, rt
         return Answer.bare(q, torch.where(ok & seen, cert.NONE, cert.INACCURATE), spectrum=spectrum)
     reason = torch.where(ok, torch.where(seen, cert.NONE, cert.INACCURATE), cert.LAPACK)
     if n <= EXACT and x.dtype == left.dtype == torch.float64:
-        answer = _exactly_certified(x, q, left, ok & seen)
+        answer = _small(x, q, left, root, w, ok & seen, dtype)
     else:
         if eps == 2 * U and q.dtype == torch.float32 and n > EXACT and math.isfinite(rtol):
             answer = _by_backward_error(x, q, v, root, w, ok & seen)
@@ -85,25 +95,52 @@ def _by_backward_error(x: Tensor, q: Tensor, v: Tensor, root: Tensor, w: Tensor,
     """The answer Q with the bound of `gram_bound` for Z = V₀ w^(-1/2) V₀ᵀ, V₀ = V(VᵀV)^(-1/2), in float64.
 
     F = Z(AᵀA − V₀wV₀ᵀ)Z is bounded by the rounding of the Gram matrix and LAPACK's bounds on that of the
-    eigendecomposition and on φ = ‖VᵀV − I‖₂ (Users' Guide, §4.7, with p(n) = 10n). It has κ in it: where that makes it
+    eigendecomposition and on φ = ‖VᵀV − I‖₂. It has κ in it: where that makes it
     more than what is measured, Q − AZ, there is no bound.
     """
-    n, size = x.shape[-1], w.clamp_min(0).sum(-1) * 1.01
-    top, low, p, phi = w[:, -1], w[:, 0], probes(n, x.device), 20 * n * U
+    n, size, p = x.shape[-1], w.clamp_min(0).sum(-1) * 1.01, probes(x.shape[-1], x.device)
     omega = p.omega.expand(x.shape[0], -1, -1)
-    length, kappa = norm(p.omega[None]), (top / low.clamp_min(2.0**-1000)).sqrt()
+    length = norm(p.omega[None])
     vectors = v.double()
     z = apply(vectors, root[:, :, None] * apply_transposed(vectors, omega))
     blur = chain_rounding(n + 3, size.sqrt()) * (norm(z) + 2 * math.sqrt(n) * root[:, 0] * length)
     blur = blur + chain_rounding(n, 2 * math.sqrt(n), length)
     apart = closer(apply(q, omega) - apply(x, z), p, blur) + 2.0**-100 * (1 + root[:, 0]) * n
-    f = math.sqrt(n) * (gamma(x.shape[-2]) * size + phi * top) / low.clamp_min(2.0**-1000)
-    known = f + 1.2 * math.sqrt(n) * phi * (1 + kappa)
+    known, f = _known(x, w, size)
     error = (known + apart) * (1 + 2.0**-20)
     proven = ok & (f < 0.1) & (known <= apart) & error.isfinite()
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     exact = torch.full_like(error, math.sqrt(n))
     return Answer(q, torch.where(proven, error, math.inf), f, reason, failure=6 * p.failure, size=exact)
+
+
+def _known(x: Tensor, w: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The bound of `gram_bound` for the exact AZ by LAPACK's backward error, and that of ‖F‖_F, if it is below 0.1."""
+    m, n = x.shape[-2:]
+    top, low, phi = w[:, -1], w[:, 0].clamp_min(2.0**-1000), backward_error(n)
+    f = math.sqrt(n) * (gamma(m) * size + phi * top) / low
+    return f + 1.2 * math.sqrt(n) * phi * (1 + (top / low).sqrt()), f
+
+
+def _small(x: Tensor, q: Tensor, left: Tensor, root: Tensor, w: Tensor, ok: Tensor, dtype: torch.dtype) -> Answer:
+    """The answer for small matrices, in float64 throughout: bounded by LAPACK's backward error, or by its residuals."""
+    n, size = x.shape[-1], w.clamp_min(0).sum(-1) * 1.01
+    if not x[0:1].numel():
+        return _exactly_certified(x, q, left, ok)
+
+    def rough() -> tuple[Tensor, Tensor]:
+        known, f = _known(x, w, size)
+        # Z is LLᵀ, a rounding or two off for each entry of L, and Q is AZ.
+        apart = size.sqrt() * (1.2 * gamma(n + 8) * root.sum(-1) + 1.1 * gamma(n) * norm(root[:, None]))
+        return torch.where(ok & (f < 0.1), (known + apart) * (1 + 2.0**-20), math.inf), f
+
+    def finer(rows: Rows) -> tuple[Tensor, Tensor]:
+        found = _exactly_certified(x[rows], q[rows], left[rows], ok[rows])
+        return found.error, found.residual
+
+    error, residual = tightened(rough, finer, norm(q), dtype)
+    reason = torch.where(error.isfinite(), cert.NONE, cert.INACCURATE)
+    return Answer(q, error, residual, reason, size=torch.full_like(error, math.sqrt(n)))
 
 
 def _certified(

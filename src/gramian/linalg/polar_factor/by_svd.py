@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.backward_error import Rows, backward_error, tightened
 from gramian.linalg.engine.double_double import (
     Pair,
     Product,
@@ -28,37 +29,76 @@ from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.spectrum import Spectrum
 
 
-def _by_svd(x: Tensor, times: Product, steps: int, certify: bool) -> Answer:
+def _by_svd(x: Tensor, times: Product, steps: int, certify: bool, dtype: torch.dtype = torch.float64) -> Answer:
     """U Vᵀ after `steps` Newton steps, with a bound; the isometry on the range where full rank is not proven."""
     u, s, v, ok = lapack.svd(x)
     close = pair(u @ v.mT)
     for _ in range(steps):
         close = _newton(pair(x), close, s, v)
-    answer = _bounded(x, close, s, v, times, steps) if certify else Answer.bare(close.hi, steps=steps)
-    if certify and not steps and x.shape[-1] <= EXACT:
-        answer = replace(answer, error=torch.fmin(answer.error, _by_next(x, close, s, v, times)))
+    if not certify:
+        answer = Answer.bare(close.hi, steps=steps)
+    elif steps or x.shape[-1] > EXACT or not x[0:1].numel():
+        answer = _bounded(x, close, s, v, times, steps)
+    else:
+        answer = _small(x, close.hi, s, v, times, dtype)
+    # Newton steps make the value more accurate than its singular vectors.
+    answer = replace(answer, spectrum=None if steps else Spectrum(s, v))
+    if x.device.type == "cpu" and bool((answer.error.isfinite() & ok).all()):
+        return answer
     top = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(s.shape[0], 1)
     kept = s > 2 * U * max(x.shape[-2:]) * top
     deficient = ~answer.error.isfinite() & ~kept.all(-1)
     value = torch.where(deficient[:, None, None], (u * kept[:, None, :]) @ v.mT, answer.value)
     reason = torch.where(ok, torch.where(deficient, cert.SINGULAR, answer.reason), cert.LAPACK)
-    # Newton steps make the value more accurate than its singular vectors.
-    return replace(answer, value=value, reason=reason, spectrum=None if steps else Spectrum(s, v))
+    return replace(answer, value=value, reason=reason)
 
 
-def _by_next(x: Tensor, close: Pair, s: Tensor, v: Tensor, times: Product) -> Tensor:
-    """A bound on the error from that of one more Newton step, far less, and the size of the step.
+def _small(x: Tensor, q: Tensor, s: Tensor, v: Tensor, times: Product, dtype: torch.dtype) -> Answer:
+    """The answer for small matrices, bounded by LAPACK's backward error, the next Newton step, or its residual."""
+
+    def finer(rows: Rows) -> tuple[Tensor, Tensor]:
+        given, close, spread, right = x[rows], pair(q[rows]), s[rows], v[rows]
+        error, residual = _by_next(given, close, spread, right, times)
+        if not bool(error.isfinite().all()):
+            own = _bounded(given, close, spread, right, times, 0)
+            error, residual = torch.fmin(error, own.error), own.residual
+        return error, residual
+
+    error, residual = tightened(lambda: _by_backward_error(x, s), finer, norm(q), dtype)
+    return Answer(q, error, residual, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE))
+
+
+def _by_backward_error(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """A bound on ‖UVᵀ − polar(A)‖_F from LAPACK's own on how far A is from USVᵀ, and that, relative to ‖A‖₂.
+
+    How far the polar factor moves is in `_bounded`.
+    """
+    m, n = x.shape[-2:]
+    known = backward_error(max(m, n))
+    far, low = known * s[:, 0], s[:, -1]
+    if m == n:
+        # A 1×1 has no pair.
+        low = (low + s[:, -2]) / 2 if n > 1 else torch.full_like(low, math.inf)
+    room = low - 2 * far
+    error = math.sqrt(n) * (far / room + 2.1 * known) + gamma(n) * n
+    return torch.where((room > 0) & (s[:, -1] > 2 * far), error, math.inf), torch.full_like(far, known)
+
+
+def _by_next(x: Tensor, close: Pair, s: Tensor, v: Tensor, times: Product) -> tuple[Tensor, Tensor]:
+    """A bound on the error from that of one more Newton step, far less, and the size of the step; and its residual.
 
     The bound itself takes every part of the residual for one in the direction that κ magnifies most.
     """
     further = _newton(pair(x), close, s, v)
     step, step_error = minus(further, close)
-    return norm(step) + step_error + _bounded(x, further, s, v, times, 1).error
+    found = _bounded(x, further, s, v, times, 1)
+    return norm(step) + step_error + found.error, found.residual
 
 
-def svd(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
-    """By the SVD; error uκ, bounded from residuals in plain float64, in double-double arithmetic up to `EXACT`."""
-    return _by_svd(x, product if min(x.shape[-2:]) <= EXACT else rough, 0, certify)
+def svd(x: Tensor, *, rtol: float, certify: bool = True, dtype: torch.dtype = torch.float64) -> Answer:
+    """By the SVD; error uκ, bounded from residuals in plain float64; up to `EXACT` by LAPACK's own bound where that is
+    a few roundings of `dtype`, else by residuals in double-double arithmetic."""
+    return _by_svd(x, product if min(x.shape[-2:]) <= EXACT else rough, 0, certify, dtype)
 
 
 def svd_refined(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
