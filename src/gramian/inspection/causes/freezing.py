@@ -50,13 +50,12 @@ def frozen(context: Context) -> Iterator[Finding]:
     if len(names) == len(all_of) or not any(not block.parameter.requires_grad for block in context.matrices):
         return
     share = sum(all_of[n].numel() for n in names) / sum(p.numel() for p in all_of.values())
-    idle = [b.name for b in context.matrices if _is_idle(context, b)]
+    idle = [n for n in names if _is_idle(context, n)]
     if idle and not _all_held(context, names):
         yield Finding(
             "parameter-frozen",
             "warning",
-            f"{plural(len(idle), 'matrix', 'matrices')} {'is' if len(idle) == 1 else 'are'} all zero and frozen, and "
-            "can never act",
+            f"{'A matrix is' if len(idle) == 1 else f'{len(idle)} matrices are'} all zero and frozen, and can never act",
             where=some(list(dict.fromkeys(context.module_of(n) or n for n in idle)), SHOWN),
             evidence=f"{some(idle, SHOWN)}: zero, used in the forward pass, and requires_grad is False (exact)",
             cause="What begins at zero, as B of LoRA, was frozen with the rest: its adapter is never trained.",
@@ -75,10 +74,10 @@ def frozen(context: Context) -> Iterator[Finding]:
     )
 
 
-def _is_idle(context: Context, block: Block) -> bool:
+def _is_idle(context: Context, name: str) -> bool:
     """Whether a matrix that is used is all zero, and stays so."""
-    p = block.parameter
-    return block.name in context.observed.used and not p.requires_grad and not bool(p.detach().any())
+    p = context.parameters[name].detach()
+    return name in context.observed.used and p.ndim > 1 and min(p.shape) > 1 and not bool(p.any())
 
 
 def _mistake(context: Context) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.causes.dependence import DEPENDENCE, POWER
-from gramian.inspection.causes.joins import Join, follows, power, relations
+from gramian.inspection.causes.joins import LEAST, Join, follows, power, relations
 from gramian.inspection.causes.likeness import is_sequence
 from gramian.inspection.passes.given import Given, given_of, key
 from gramian.inspection.passes.moments import all_finite
@@ -26,6 +26,8 @@ MAIN = 0.5
 CODES, FEW_COLUMNS = 8, 8
 # Samples from which on two inputs are not the same by chance.
 FEW = 30
+# What a report says was not looked at.
+PAIRS = "whether the two of each pair belong together"
 
 
 def joined(context: Context) -> Iterator[Finding]:
@@ -41,6 +43,8 @@ def joined(context: Context) -> Iterator[Finding]:
         return
     joins = relations(tensors)
     if not joins:
+        if probes.together_rows is not None and probes.together_rows.are_pairs:
+            context.skipped[PAIRS] = f"fewer than {LEAST} were read"
         return
     found = _shifted(context, tensors, joins) or _unrelated(context, tensors, joins)
     if found is not None:
@@ -168,6 +172,7 @@ def _unrelated(context: Context, tensors: dict[str, Tensor], joins: dict[str, Jo
         if not (joins[one].is_unseen and joins[two].is_unseen):
             return None
         if not (_would_see(inputs[1], inputs[:1]) and _would_see(inputs[0], inputs[1:])):
+            context.skipped[PAIRS] = "simple tests see nothing that they share, and might not"
             return None
         return _finding(
             "pairs-mismatched",
