@@ -55,7 +55,7 @@ def frozen(context: Context) -> Iterator[Finding]:
         yield Finding(
             "parameter-frozen",
             "warning",
-            f"{'A matrix is' if len(idle) == 1 else f'{len(idle)} matrices are'} all zero and frozen, and can never act",
+            f"{'A matrix is' if len(idle) == 1 else f'{len(idle)} matrices are'} zero and frozen, and can never act",
             where=some(list(dict.fromkeys(context.module_of(n) or n for n in idle)), SHOWN),
             evidence=f"{some(idle, SHOWN)}: zero, used in the forward pass, and requires_grad is False (exact)",
             cause="What begins at zero, as B of LoRA, was frozen with the rest: its adapter is never trained.",

@@ -89,11 +89,11 @@ def _reversed(found: Contrast) -> Finding:
     return Finding(
         "loss-reversed",
         "error",
-        f"The loss pulls together pairs of label {found.shift}, and those of the other label are the ones that are alike",
+        f"The loss pulls together pairs of label {found.shift}, and those of the other label are alike",
         where="loss",
         evidence=f"with random embeddings, it is lower with equal ones where the label is {found.shift}, and higher "
-        "where it is the other; inputs of a pair are nearer than those of other pairs, in shares of their variance, by "
-        f"{found.here:.3g} with that label (no more than by chance), and by {found.there:.3g} with the other (p < 1e-6)",
+        "where it is the other; inputs of a pair are nearer than those of other pairs, as shares of the variance, "
+        f"by {found.here:.3g} with that label (by chance), and {found.there:.3g} with the other (p < 1e-6)",
         cause="The loss and the data have opposite conventions of which label says that two are alike.",
         advice="Exchange the two terms, or take one minus the label.",
     )

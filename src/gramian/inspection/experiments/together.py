@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gramian.batch import mapped
 from gramian.inspection.experiments.replaying import Asked, Replay
@@ -16,6 +17,8 @@ __all__ = ["Together", "made_into_inputs", "rows_together"]
 
 # Numbers of an embedding, draws of random ones, and the share of its size by which a loss is lower for pairs.
 NARROW, DRAWS, LOWER = 4, 3, 0.03
+# How much larger than the outputs they are made: beside small ones, terms of each side may be all that counts.
+LARGER = (1.0, 4.0, 16.0)
 
 
 @dataclass(frozen=True)
@@ -109,14 +112,14 @@ def _are_pairs(asked: Asked, names: Sequence[str]) -> bool:
         return False
     are_first = [True, False] if len(outputs) == 2 else _sides(asked, names)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(DRAWS if are_first else 0):
-        drawn = torch.randn(like.shape, generator=generator).to(like)
-        drawn = drawn * like.norm(dim=1).mean() / drawn.norm(dim=1, keepdim=True)
-        moved = drawn.roll(1, 0)
-        here, there = (replay.value([drawn if first else two for first in are_first]) for two in (drawn, moved))
-        if not there > here + LOWER * max(abs(here), abs(there)):
-            return False
-    return bool(are_first)
+    drawn = [torch.randn(like.shape, generator=generator).to(like) for _ in range(DRAWS)]
+    drawn = [d * like.norm(dim=1).mean() / d.norm(dim=1, keepdim=True) for d in drawn]
+
+    def is_lower(d: Tensor) -> bool:
+        here, there = (replay.value([d if first else two for first in are_first]) for two in (d, d.roll(1, 0)))
+        return there > here + LOWER * max(abs(here), abs(there))
+
+    return bool(are_first) and any(all(is_lower(by * d) for d in drawn) for by in LARGER)
 
 
 def _sides(asked: Asked, names: Sequence[str]) -> list[bool]:

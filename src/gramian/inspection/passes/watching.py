@@ -310,7 +310,7 @@ class Watcher(Follower):
             self.operations.heads.see(func, args, kwargs, given, made)
 
     def _scaled(self, func: Any, args: tuple) -> Ends | None:
-        """The ends of values times a number, or plus one, as a tanh's times the largest action, and of their negatives."""
+        """The ends of values times a number or plus one, as a tanh's times the largest action, and of negatives."""
         ends = self.bounded.get(id(args[0])) if args else None
         if ends is not None and func in NEGATIONS:
             return shifted(ends, torch.mul, -1.0)
