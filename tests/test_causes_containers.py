@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gramian as gm
+from gramian.arguments import arguments_of
 from gramian.inspection.experiments.containers import remade
 
 
@@ -113,3 +114,19 @@ def test_what_the_loss_gives_the_model_in_another_form_has_an_effect(is_idle: bo
     batch = {"x": x, "y": x[:, :4] ** 2, **({"other": torch.randn(64, 4)} if is_idle else {})}
     found = codes(model, [batch], lambda m, b: F.mse_loss(m(b["x"] / 2), b["y"]))
     assert found == ({"parameter-unused": "warning"} if is_idle else {})
+
+
+class Headless(Classifier):
+    """As transformers' models without a head, which are their own `base_model`."""
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_a_model_that_is_its_own_base_model(batches: Any) -> None:
+    assert arguments_of(Headless("output")).any_place
+    assert codes(Headless("output"), batches, lambda m, b: F.cross_entropy(m(b["x"]).logits, b["labels"])) == {}

@@ -162,3 +162,17 @@ def test_the_rest_counts_for_ten_times_the_usual_too(dtype: torch.dtype) -> None
     again.load_state_dict(optimizer.state_dict())
     assert torch.equal(again.state[p]["usual"], optimizer.state[p]["usual"])
     assert again.state[p]["usual"].dtype == optimizer.state[p]["usual"].dtype
+
+
+def test_a_step_is_shorter_where_gradients_have_vanished_and_is_whole_again_where_they_stay_small() -> None:
+    layer = torch.nn.Linear(6, 6, bias=False)
+    optimizer = Muon([("weight", layer.weight)], lr=0.1, routes={"weight": "matrix"})
+    generator, moved = torch.Generator().manual_seed(0), []
+    for step in range(800):
+        layer.weight.grad = torch.randn(6, 6, generator=generator) * (1 if step < 20 else 1e-6)
+        before = layer.weight.detach().clone()
+        optimizer.step()
+        moved.append(float((layer.weight.detach() - before).norm()))
+    assert min(moved[:20]) > 0.8 * moved[0]
+    assert max(moved[100:200]) < 0.05 * moved[0]
+    assert moved[-1] > 0.8 * moved[0]

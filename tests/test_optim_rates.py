@@ -149,6 +149,44 @@ def test_a_group_of_its_own_rate_keeps_it_and_others_take_the_usual_one() -> Non
     assert [group["full_lr"] for group in optimizer.param_groups] == [0.7, pytest.approx(0.2)]
 
 
+def _faded(optimizer: Any) -> list[bool]:
+    return [group["fades"] for group in optimizer.param_groups]
+
+
+def test_a_rate_that_nobody_gave_fades() -> None:
+    net, model = _chain(2), _chain(8)
+    assert _faded(gm.optim.Muon(net)) == _faded(gm.optim.BalancedMuon(net)) == [True]
+    groups = [{"params": list(model[:4].parameters()), "lr": 0.7}, {"params": list(model[4:].parameters())}]
+    assert _faded(gm.optim.Muon(groups, model=model)) == [False, True]
+    given = [gm.optim.Muon(net, lr=0.1), gm.optim.Muon(net, scale="match_rms_adamw"), gm.optim.SOAP(net)]
+    assert not any(fades for optimizer in given for fades in _faded(optimizer))
+
+
+@pytest.mark.parametrize(("step", "share"), [(99, 1.0), (399, 0.5)])
+def test_all_rates_fade_together_and_a_resumed_run_goes_on(step: int, share: float) -> None:
+    """√(T/t) after T = (L / 2 lr)², which is 100 here; a state of before there was fading does not."""
+    net = _chain(2)
+    moved = []
+    for fades in (True, False, None):
+        optimizer = gm.optim.Muon(net)
+        state = optimizer.state_dict()
+        state["param_groups"][0] |= {"step": step, "fades": fades}
+        if fades is None:
+            del state["param_groups"][0]["fades"]
+        optimizer.load_state_dict(state)
+        before = [p.detach().clone() for p in net.parameters()]
+        for number, p in enumerate(net.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+        rates = optimizer.rates()
+        optimizer.step()
+        assert optimizer.param_groups[0]["step"] == step + 1
+        moved.append([float((p.detach() - b).norm()) for p, b in zip(net.parameters(), before, strict=True)])
+        assert rates["0.weight"] == pytest.approx(0.1 * (share if fades else 1.0))
+        assert rates["0.bias"] == pytest.approx(0.01 * (share if fades else 1.0))
+    assert [a / b for a, b in zip(*moved[:2], strict=True)] == pytest.approx([share] * len(moved[0]), rel=1e-4)
+    assert moved[1] == pytest.approx(moved[2], rel=1e-4)
+
+
 def test_an_optimizer_s_text_is_one_line_and_tells_rates_and_routes() -> None:
     optimizer = gm.optim.Muon(_chain(2), lr=0.25)
     assert repr(optimizer) == "<Muon: lr=0.25, 2 parameters step as matrices, 4 by AdamW>"

@@ -148,3 +148,15 @@ def test_what_a_pass_uses_entry_by_entry_can_be_told_from_its_capture() -> None:
     directions = {row["name"]: row["direction"] for row in gm.optim.Muon(model, routes=routes).explain()}
     assert routes == {"inner": "adamw"}
     assert (directions["inner"], directions["outer"]) == ("adamw", "matrix")
+
+
+def test_what_is_frozen_is_said_to_be() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    net[0].requires_grad_(False)
+    optimizer = Muon(net)
+    rows = {row["name"]: (row["direction"], row["reason"]) for row in optimizer.explain()}
+    assert rows["0.weight"] == ("none", "frozen; else matrix: Linear.weight")
+    assert rows["1.weight"][0] == "matrix"
+    assert "1 parameters step as matrices, 3 by AdamW, 2 are frozen" in repr(optimizer)
+    net[0].requires_grad_(True)
+    assert next(iter(optimizer.explain()))["direction"] == "matrix"

@@ -30,7 +30,8 @@ def arguments_of(model: nn.Module) -> Arguments:
     """What forward takes.
 
     Wrappers that hand everything on (a compiled module, DDP, PEFT) are looked into. An argument whose default is
-    neither missing nor `None` is an option, and no place for a tensor.
+    neither missing nor `None` is an option, and no place for a tensor. A forward that is there in place of another says
+    which by its attribute `stands_for`.
 
     Args:
         model: any module.
@@ -44,11 +45,11 @@ def arguments_of(model: nn.Module) -> Arguments:
     ['input1', 'input2']
     """
     while True:
-        takes, is_wrapper = _of_forward(model.forward)
+        takes, is_wrapper = _of_forward(getattr(model.forward, "stands_for", model.forward))
         if not is_wrapper:  # a look for attributes that a module lacks takes longer than all else here
             return takes
         inner = next((m for name in _INSIDE if isinstance(m := getattr(model, name, None), nn.Module)), None)
-        if inner is None:
+        if inner is None or inner is model:  # as a model without a head is its own `base_model`
             return takes
         model = inner
 

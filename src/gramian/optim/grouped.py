@@ -30,7 +30,7 @@ from gramian.rows import Rows
 
 __all__ = ["Grouped"]
 
-OWN_KEYS = ("params", "param_names", "step", "full_lr", "num_matrices", "direction", "approaches")
+OWN_KEYS = ("params", "param_names", "step", "full_lr", "num_matrices", "fades", "direction", "approaches")
 """What a group holds beside its options and what the user put there."""
 
 
@@ -87,6 +87,7 @@ class Grouped(torch.optim.Optimizer):
             # In the order of the model, which is that of an AdamW's state too; `found` is ordered by role.
             order: dict[Tensor, int] = {p: i for i, p in enumerate(params.parameters())}
             found[0][0].sort(key=lambda r: order[r.parameter])
+        self._fades = lr is None and self.has_usual_lr
         if lr is None:
             self._options["lr"] = self.usual_lr
         self._built = False
@@ -157,6 +158,7 @@ class Grouped(torch.optim.Optimizer):
         kept = {
             "full_lr": full_rate(own, options["lr"], [self._options["lr"], self._usual_lr()]),
             "num_matrices": self._num_matrices,
+            "fades": own.get("fades", self._fades and self._num_matrices > 0 and "lr" not in own),
             "direction": self._direction(),
             "step": 0,
         }
@@ -236,26 +238,29 @@ class Grouped(torch.optim.Optimizer):
         return {p: rate for group in self.param_groups for p, rate in rates_of(group, self._routes).items()}
 
     def __repr__(self) -> str:
-        kinds = Counter(self._routes[p].direction for g in self.param_groups for p in g["params"] if p in self._routes)
+        known = [p for g in self.param_groups for p in g["params"] if p in self._routes]
+        kinds = Counter(self._routes[p].direction if p.requires_grad else "frozen" for p in known)
         rates = ", ".join(dict.fromkeys(f"{float(g['lr']):.3g}" for g in self.param_groups))
+        frozen = f", {kinds['frozen']} are frozen" if kinds["frozen"] else ""
         groups = f" in {len(self.param_groups)} groups" if len(self.param_groups) > 1 else ""
         return (
             f"<{type(self).__name__}: lr={rates}, {kinds['matrix']} parameters step as matrices, {kinds['adamw']} by "
-            f"AdamW{groups}>"
+            f"AdamW{frozen}{groups}>"
         )
 
     def explain(self) -> Rows:
         """Each parameter's name, direction (`"matrix"`, `"adamw"`, `"none"`), matrices, and the reason.
 
-        And `parts`: what large matrices were cut into, where they were.
+        And `parts`: what large matrices were cut into, where they were. A frozen parameter has no direction; the reason
+        tells how it steps once it needs a gradient.
         """
         rows = [
             {
                 "name": r.name,
-                "direction": r.direction,
+                "direction": r.direction if r.parameter.requires_grad else "none",
                 "matrices": "" if r.layout is None else " × ".join(map(str, r.matrices)),
                 "parts": "" if r.layout in (None, r.whole) else " × ".join(map(str, r.layout.matrices)),
-                "reason": r.reason,
+                "reason": r.reason if r.parameter.requires_grad else f"frozen; else {r.direction}: {r.reason}",
             }
             for r in self._routes.values()
         ]

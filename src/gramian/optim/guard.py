@@ -6,6 +6,10 @@ logarithm, and grows by 15 % a step at most: while wild gradients of every size 
 Where all gradients have become larger for good, they prevail in the momentum after a few steps all the same, since each
 counts for ten times the old ones.
 
+The other end: a direction is as long for a gradient that has vanished, since the training data are fitted, as for any
+other, and would lead the weights away at full speed. So a step is shorter where the usual size is less than a hundredth
+of the largest that it had, which is forgotten by 2 % a step.
+
 AdamW's second moments, which step what is no hidden matrix, would keep the square of such a gradient for longer still.
 """
 
@@ -17,7 +21,7 @@ from torch import Tensor
 from gramian.linalg.engine.scaling import peak
 from gramian.optim.stacks import State
 
-__all__ = ["init", "is_ordinary", "limit_", "limited"]
+__all__ = ["init", "is_ordinary", "limit_", "limited", "vanished"]
 
 MOST = 10.0
 """Times the usual size that a gradient may count for."""
@@ -29,9 +33,32 @@ SLOWEST, FASTEST = 0.5, 2**0.2
 """Factors by which the usual size moves in a step, at least and at most."""
 
 
+LITTLE = 0.01
+"""Of the largest usual size: what gradients may fall to before steps are shorter."""
+
+FORGET = 0.98
+"""Factor by which the largest usual size falls in a step."""
+
+
 def init(m: Tensor) -> State:
-    """The usual size of the gradients' largest entries, for matrices like `m`; zero before the first."""
-    return {"usual": m.new_zeros(m.shape[0], 1, 1)}
+    """The usual size of the gradients' largest entries, for matrices like `m`, and the largest that it had; both zero
+    before the first.
+    """
+    return {key: m.new_zeros(m.shape[0], 1, 1) for key in ("usual", "most")}
+
+
+def vanished(state: State) -> Tensor | None:
+    """By how much steps are shorter, (K, 1, 1), since gradients have vanished; `None` on a CPU if none are.
+
+    To be asked once a step, after the usual sizes have followed; the largest ones follow here.
+    """
+    usual, most = state["usual"], state["most"]
+    torch.maximum(most.mul_(FORGET), usual, out=most)
+    if usual.is_cpu and all(
+        now >= LITTLE * top for ((now,),), ((top,),) in zip(usual.tolist(), most.tolist(), strict=True)
+    ):
+        return None
+    return usual.div(LITTLE * most).nan_to_num_(1.0).clamp_max_(1.0)  # NaN before the first gradient
 
 
 def is_ordinary(g: Tensor, state: State) -> bool:

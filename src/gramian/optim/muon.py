@@ -135,7 +135,8 @@ class Muon(MatrixOptimizer):
     Args:
         params: the model (best), or its parameters; see `gramian.optim.shell.MatrixOptimizer`.
         lr: length of a step of the matrices, in the unit that `scale` sets; by default 0.1, and with
-            `scale="spectral"` 0.1 · √(L/2) where L is more than two, at most 1, and at most 0.2 for a plain network.
+            `scale="spectral"` 0.1 · √(L/2) where L is more than two, at most 1, and at most 0.2 for a plain network;
+            that fades as 1/√t after (L / 2 lr)² steps, where a group's `"fades"` is true.
         momentum: μ, the weight of the past in the running mean of the gradients; t / (t + 10) in step t while that is
             less.
         nesterov: whether the step looks ahead by one update of the momentum.

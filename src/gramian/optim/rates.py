@@ -8,9 +8,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from gramian.optim.route import Route
-from gramian.optim.scaling import usual_kernel_lr, usual_table_lr
+from gramian.optim.scaling import faded, usual_kernel_lr, usual_table_lr
 
-__all__ = ["Kind", "by_kind", "full_rate", "full_rates", "rates_of", "rest_groups"]
+__all__ = ["Kind", "by_kind", "full_rate", "full_rates", "lr_now", "rates_of", "rest_groups"]
 
 Kind = Literal["matrix", "table", "kernel", "vector"]
 
@@ -25,6 +25,14 @@ def full_rate(own: Mapping[str, Any], lr: Any, others: Iterable[Any]) -> float:
     """
     candidates = (own.get("full_lr"), own.get("initial_lr"), lr, *others)
     return next((float(rate) for rate in candidates if rate is not None and float(rate) > 0), 1.0)
+
+
+def lr_now(group: Mapping[str, Any]) -> float:
+    """The rate of the group's matrices in the next step: its `lr`, or what is left of a usual one that fades."""
+    lr = float(group["lr"])
+    if not group.get("fades"):  # which states of earlier versions lack
+        return lr
+    return lr * faded(group["step"] + 1, group["full_lr"], group["num_matrices"])
 
 
 def _kind(r: Route) -> Kind:
@@ -67,7 +75,7 @@ def rates_of(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> dict[T
     AdamW's are those of the full `lr`, times the factor by which a schedule has changed that.
     """
     kinds = by_kind(routes[p] for p in group["params"])
-    lr = float(group["lr"])
+    lr = lr_now(group)
     rates: dict[Kind, float] = {k: rate * (lr / group["full_lr"]) for k, rate in full_rates(group, kinds).items()}
     rates["matrix"] = lr
     return {r.parameter: rates[kind] for kind, members in kinds.items() for r in members}
@@ -81,19 +89,23 @@ def rest_groups(
     Args:
         group: the parameter group.
         rates: `full_rates` of it.
-        members: the parameters of each kind.
+        members: the parameters of each kind. Kinds that step alike are one group: a call takes longer than its work.
     """
-    factor = float(group["lr"]) / group["full_lr"]
+    factor = lr_now(group) / group["full_lr"]
+    alike: dict[tuple[float, float], list[Tensor]] = {}
+    for kind, params in members.items():
+        if kind != "matrix":
+            decay = 0.0 if kind == "vector" else group["rest_weight_decay"]
+            alike.setdefault((rates[kind], decay), []).extend(params)
     return [
         {
             "params": params,
-            "lr": rates[kind] * factor,
-            "weight_decay": 0.0 if kind == "vector" else group["rest_weight_decay"],
+            "lr": rate * factor,
+            "weight_decay": decay,
             "betas": group["rest_betas"],
             "eps": group["rest_eps"],
             "maximize": group["maximize"],
             "fused": group.get("fused", True),
         }
-        for kind, params in members.items()
-        if kind != "matrix"
+        for (rate, decay), params in alike.items()
     ]

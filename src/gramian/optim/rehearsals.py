@@ -257,5 +257,5 @@ def _check(optimizer: Any) -> None:
             f"suggest_lr: a step of {type(optimizer).__name__} is not its rate times a direction of the gradient; "
             "ask for the optimizer inside it, or use a grid"
         )
-    if isinstance(optimizer, MatrixOptimizer) and all(row["direction"] != "matrix" for row in optimizer.explain()):
+    if isinstance(optimizer, MatrixOptimizer) and all(r.layout is None for r in optimizer._routes.values()):
         raise InputError(f"suggest_lr: {type(optimizer).__name__} finds no matrix in this model, see its explain()")

@@ -174,8 +174,8 @@ class Saved(Grouped):
 
 
 _KEPT = (
-    "_routes", "_left_out", "_num_matrices", "_options", "_built", "_named", "_sharding", "_clock", "_skipped",
-    "_num_missing", "_layouts",
+    "_routes", "_left_out", "_num_matrices", "_fades", "_options", "_built", "_named", "_sharding", "_clock",
+    "_skipped", "_num_missing", "_layouts",
 )  # fmt: skip
 """What a copy takes along beside torch's own."""
 

@@ -16,6 +16,7 @@ from gramian.optim.stacks import State
 
 __all__ = [
     "as_long_as_polar",
+    "faded",
     "for_short_run",
     "is_plain",
     "num_in_sequence",
@@ -38,6 +39,7 @@ KERNEL_STEP = 0.147  # the same for an output of a depthwise kernel: what 3e-3 i
 SHORT, LEAST_STEPS = 300, 100  # runs of fewer steps take a larger usual rate, down to so many
 SHALLOW, MOST_DEPTH = 2, 10.0  # the L up to which the usual rate is the base, and by how much it grows with L at most
 MOST_PLAIN = 2.0  # the same where nothing tells of skips or gates
+ADDED_UP = 0.5  # what steps in random directions may add up to before the usual rate fades
 
 PARALLEL = ("e",)  # axes of the layouts of gramian.layers that number experts
 COEFFICIENTS = "c"  # the axis of their rows that are coefficients of a recurrence
@@ -112,6 +114,19 @@ def usual_lr(base: float, num_matrices: int, *, plain: bool = False) -> float:
     [0.1, 0.187, 0.2, 0.2]
     """
     return base * min(MOST_PLAIN if plain else MOST_DEPTH, max(1.0, (num_matrices / SHALLOW) ** 0.5))
+
+
+def faded(steps: int, lr: float, num_matrices: int) -> float:
+    """The share of the usual rate that is left after so many steps: √(T/steps) beyond `T = (L / 2 lr)²` of them.
+
+    Every singular value of a polar factor is one, be its gradient signal or the noise of a small batch, so that the
+    noise adds up: t steps of `lr / L` in random directions grow as √t, and T make a half. Whether a schedule lowers the
+    rate nobody tells an optimizer (docs/measured/optim.md).
+
+    >>> [round(faded(steps, 0.1, 2), 2) for steps in (1, 100, 400, 10_000)], round(faded(900, 0.3, 18), 2)
+    ([1.0, 1.0, 0.5, 0.1], 1.0)
+    """
+    return min(1.0, ADDED_UP * num_matrices / (lr * max(steps, 1) ** 0.5))
 
 
 def for_short_run(steps: float | int) -> float:

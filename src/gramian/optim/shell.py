@@ -10,10 +10,11 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.optim.flags import Flags
-from gramian.optim.guard import is_ordinary, limit_
+from gramian.optim.guard import is_ordinary, limit_, vanished
 from gramian.optim.health import Row, measure
 from gramian.optim.parameters import check_not_replaced, check_step
 from gramian.optim.plan import Plan
+from gramian.optim.rates import lr_now
 from gramian.optim.recipe import StepContext
 from gramian.optim.refresh import due, stagger
 from gramian.optim.route import Route
@@ -106,6 +107,7 @@ class MatrixOptimizer(Saved):
                 self._step_matrices(group, plan)
             for group, plan in zip(self.param_groups, plans, strict=True):
                 self._count(*plan.rest.step(plan.rest_groups(group), self.state))
+                group["step"] += 1
         return loss
 
     def _prepared(self) -> list[Plan]:
@@ -164,7 +166,7 @@ class MatrixOptimizer(Saved):
         if params:
             flags = Flags(params, plan.grads)
             grads, updates = self._sharding.gradients(params), {}
-            rate = float(group["lr"]) * group["weight_decay"]
+            rate = lr_now(group) * group["weight_decay"]
             for stack in self._current(group, plan, grads):
                 given = [grads.get(p) for p in stack.params]
                 update = self._step_stack(stack, group, given, flags)
@@ -175,8 +177,6 @@ class MatrixOptimizer(Saved):
             if self._sharding:
                 self._sharding.add_(params, updates, flags.keep(rate))
             self._count(params, flags.bad)
-        if plan.matrices:
-            group["step"] += 1
 
     def _pauses(self, p: Tensor) -> bool:
         """Whether a parameter has a state but no gradient in this step: it keeps its place in a stack."""
@@ -229,9 +229,10 @@ class MatrixOptimizer(Saved):
         direction = self.recipe.update(g, stack.state, context)
         if group["refresh"] > 1:
             stack.fresh.clear()
-        factors = self._scales(stack, group) * -float(group["lr"])
-        if bad is not None:
-            factors.mul_(alive)
+        factors = self._scales(stack, group) * -lr_now(group)
+        for share in (None if bad is None else alive, vanished(stack.state)):
+            if share is not None:
+                factors.mul_(share)
         # In place where the direction is new: another tensor of that size costs more than the product.
         if direction is g:
             return g.mul_(factors)

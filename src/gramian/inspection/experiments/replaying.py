@@ -219,7 +219,7 @@ class Replay:
             ValueError: the loss calls the model otherwise than before.
         Cost: that of the loss.
         """
-        forward = _Given(self._made, {id(t) for t in self.outputs}, outputs).forward
+        forward = _Given(self._made, {id(t) for t in self.outputs}, outputs, self.model.forward)
         batch = self.batch if batch is None else batch
         if isinstance(self.model, torch.jit.ScriptModule):  # whose `forward` is compiled
             with hooks([self.model.register_forward_hook(lambda *_: forward())]):
@@ -267,12 +267,12 @@ class Replay:
 
 
 class _Given:
-    """What a model's calls give: what they gave before, with others in place of its outputs."""
+    """In place of a model's forward: gives what its calls gave before, with others in place of the outputs."""
 
-    def __init__(self, made: Sequence[Any], places: set[int], outputs: Sequence[Tensor]) -> None:
-        self.made, self.places, self.values = iter(made), places, iter(outputs)
+    def __init__(self, made: Sequence[Any], places: set[int], outputs: Sequence[Tensor], stands_for: Callable) -> None:
+        self.made, self.places, self.values, self.stands_for = iter(made), places, iter(outputs), stands_for
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # a method, whose signature is read once for all
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return remade(next(self.made), lambda t: next(self.values) if id(t) in self.places else t)
         except StopIteration:
