@@ -476,3 +476,26 @@ def test_a_model_that_returns_something_else_in_evaluation_mode() -> None:
 def test_what_is_no_optimizer_is_refused() -> None:
     with pytest.raises(gm.errors.InputError, match="optimizer"):
         gm.inspect(net(), data("classes"), CLASSIFY, optimizer="adam")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "sign", "is_told"),
+    [
+        (lambda v: 2 * F.relu(v), -1, True),
+        (lambda v: F.relu(v) * 2, 1, False),
+        (lambda v: -F.relu(v), 1, True),
+        (lambda v: -F.relu(v), -1, False),
+        (lambda v: -v.sigmoid(), 1, True),
+        (lambda v: v.sigmoid().mul_(100), 1, False),
+        (lambda v: F.relu(v) - 100, -1, False),
+    ],
+)
+def test_the_range_of_a_scaled_or_negated_function(
+    function: Callable[[Tensor], Tensor], sign: float, is_told: bool
+) -> None:
+    class Last(nn.Module):
+        def forward(self, v: Tensor) -> Tensor:
+            return function(v).squeeze(1)
+
+    batches = [(x, sign * (y.abs() + 0.1)) for x, y in data("number")]
+    assert ("output-range" in found(net(1, Last()), batches, loss(F.mse_loss))) == is_told

@@ -205,6 +205,29 @@ def test_a_network_that_judges_a_generator_is_no_fault() -> None:
         assert not found(net(4, 1), [draw(N, 4)], lambda m, z, of=of: of(judge(m(z))).mean())
 
 
+@pytest.mark.parametrize(("sign", "codes"), [(-1, set()), (1, {"loss-unbounded"})])
+def test_a_teacher_in_the_loss(sign: float, codes: set[str]) -> None:
+    teacher = net(4, 3).requires_grad_(False)
+
+    def loss(m: nn.Module, x: Tensor) -> Tensor:
+        return sign * (teacher(x).softmax(-1) * m(x).log_softmax(-1)).sum(-1).mean()
+
+    assert set(found(net(4, 3), [draw(N, 4)], loss)) == codes
+
+
+@pytest.mark.parametrize("value", [-1e9, -1e4])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_target_that_is_masked(value: float, *, is_own: bool) -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = F.normalize(torch.cat([m(b["left"]), m(b["right"])]), dim=1)
+        scores = (z @ z.T / 0.2).masked_fill(torch.eye(len(z), dtype=torch.bool), value)
+        return F.cross_entropy(scores, torch.arange(len(z)) if is_own else torch.arange(len(z)).roll(len(z) // 2))
+
+    x = draw(N, 8)
+    codes = found(net(8, 6), [{"left": x, "right": x + 0.1 * draw(N, 8, seed=1)}], loss)
+    assert set(codes) == ({"labels-out-of-range"} if is_own else set())
+
+
 def test_dropout_as_a_function() -> None:
     class Dropped(nn.Module):
         def __init__(self, p: float) -> None:

@@ -342,3 +342,51 @@ def test_an_offset_that_is_trained_hides_no_adapter_and_its_gradients_are_none_o
     batches = [(x, y) for x, _, y in of(tasks)]
     found = codes(Tuned(scale), batches, lambda m, b: F.cross_entropy(m(b[0]), b[1]))
     assert found & {"adapter-scale", "gradient-explodes", "gradient-vanishes"} == told
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_adapters_that_are_zero_and_frozen(*, is_trained: bool) -> None:
+    model = Tuned(2.0)
+    for layer in model.layers:
+        layer.up.requires_grad_(is_trained)
+    batches = [(x, y) for x, _, y in of(tasks)]
+    findings = gm.inspect(model, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1])).findings
+    assert any("3 matrices are zero and frozen" in f.title for f in findings) != is_trained
+
+
+@pytest.mark.parametrize(("is_reversed", "told"), [(False, set()), (True, {"loss-reversed"})])
+def test_the_convention_of_a_label_of_pairs(is_reversed: bool, told: set[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, other, noise = torch.randn(3, 64, 6, generator=generator)
+    same = (torch.arange(64) % 2).float()
+    right = torch.where(same[:, None] == 1, left + 0.3 * noise, other)
+
+    def loss(model, batch):
+        distance = (model(batch["left"]) - model(batch["right"])).square().sum(1).add(1e-8).sqrt()
+        pull = 1 - batch["labels"] if is_reversed else batch["labels"]
+        return (pull * distance.square() + (1 - pull) * F.relu(2 - distance).square()).mean()
+
+    assert codes(net(6, 4), [{"left": left, "right": right, "labels": same}], loss) == told
+
+
+@pytest.mark.parametrize(("are_mixed", "told"), [(False, set()), (True, {"pairs-mismatched"})])
+def test_views_of_other_samples_with_several_outputs(are_mixed: bool, told: set[str]) -> None:
+    x, one, two = torch.randn(3, 192, 12, generator=torch.Generator().manual_seed(0))
+    left, right = x + 0.5 * one, x + 0.5 * two
+    right = right[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))] if are_mixed else right
+
+    class Predicts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net(12, 6)
+            self.head = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 6))
+
+        def forward(self, a, b):
+            a, b = self.body(a), self.body(b)
+            return a, b, self.head(a), self.head(b)
+
+    def loss(model, batch):
+        a, b, of_a, of_b = (F.normalize(z, dim=1) for z in model(batch["left"], batch["right"]))
+        return -((of_a * b.detach()).sum(1) + (of_b * a.detach()).sum(1)).mean()
+
+    assert codes(Predicts(), [{"left": left, "right": right}], loss) == told

@@ -136,6 +136,9 @@ def heal(
         raise InputError(f"heal: give lr= for {optimizer!r}; there is one by default for adamw")
     if (seconds is None) == (steps is None):
         raise InputError("heal: give one budget, seconds= or steps=, as in gm.heal(…, seconds=60)")
+    for budget, amount in (("seconds", seconds), ("steps", steps)):
+        if amount is not None and not amount > 0:
+            raise InputError(f"heal: {budget} must be positive, got {amount!r}")
     small, teacher = pair_of(model, teacher, "heal")
     given, judges = _parted(batches, held_out)
     second = None if other is None else list(as_batches(other, "heal"))

@@ -50,6 +50,18 @@ def frozen(context: Context) -> Iterator[Finding]:
     if len(names) == len(all_of) or not any(not block.parameter.requires_grad for block in context.matrices):
         return
     share = sum(all_of[n].numel() for n in names) / sum(p.numel() for p in all_of.values())
+    idle = [n for n in names if _is_idle(context, n)]
+    if idle and not _all_held(context, names):
+        yield Finding(
+            "parameter-frozen",
+            "warning",
+            f"{'A matrix is' if len(idle) == 1 else f'{len(idle)} matrices are'} zero and frozen, and can never act",
+            where=some(list(dict.fromkeys(context.module_of(n) or n for n in idle)), SHOWN),
+            evidence=f"{some(idle, SHOWN)}: zero, used in the forward pass, and requires_grad is False (exact)",
+            cause="What begins at zero, as B of LoRA, was frozen with the rest: its adapter is never trained.",
+            advice="Call requires_grad_(True) on the adapters after the base is frozen, or remove them.",
+        )
+        return
     why = "" if any(map(is_factor, all_of)) or _all_held(context, names) else _mistake(context)
     yield Finding(
         "parameter-frozen",
@@ -60,6 +72,12 @@ def frozen(context: Context) -> Iterator[Finding]:
         cause=why or "It looks meant: what is trained stands beside it, before or behind it as in a fine-tune.",
         advice="Unless it is meant, call model.requires_grad_(True)." if why else "",
     )
+
+
+def _is_idle(context: Context, name: str) -> bool:
+    """Whether a matrix that is used is all zero, and stays so."""
+    p = context.parameters[name].detach()
+    return name in context.observed.used and p.ndim > 1 and min(p.shape) > 1 and not bool(p.any())
 
 
 def _mistake(context: Context) -> str:

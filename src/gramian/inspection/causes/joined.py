@@ -11,7 +11,7 @@ from torch import Tensor
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.causes.dependence import DEPENDENCE, POWER
-from gramian.inspection.causes.joins import Join, follows, power, relations
+from gramian.inspection.causes.joins import LEAST, Join, follows, power, relations, sees_views
 from gramian.inspection.causes.likeness import is_sequence
 from gramian.inspection.passes.given import Given, given_of, key
 from gramian.inspection.passes.moments import all_finite
@@ -26,6 +26,8 @@ MAIN = 0.5
 CODES, FEW_COLUMNS = 8, 8
 # Samples from which on two inputs are not the same by chance.
 FEW = 30
+# What a report says was not looked at.
+PAIRS = "whether the two of each pair belong together"
 
 
 def joined(context: Context) -> Iterator[Finding]:
@@ -41,6 +43,8 @@ def joined(context: Context) -> Iterator[Finding]:
         return
     joins = relations(tensors)
     if not joins:
+        if probes.together_rows is not None and probes.together_rows.are_pairs:
+            context.skipped[PAIRS] = f"fewer than {LEAST} were read"
         return
     found = _shifted(context, tensors, joins) or _unrelated(context, tensors, joins)
     if found is not None:
@@ -167,12 +171,15 @@ def _unrelated(context: Context, tensors: dict[str, Tensor], joins: dict[str, Jo
         one, two = names
         if not (joins[one].is_unseen and joins[two].is_unseen):
             return None
-        if not (_would_see(inputs[1], inputs[:1]) and _would_see(inputs[0], inputs[1:])):
+        would_see = _would_see(inputs[1], inputs[:1]) and _would_see(inputs[0], inputs[1:])
+        are_views = not would_see and sees_views(*inputs)
+        if not would_see and not are_views:
+            context.skipped[PAIRS] = "simple tests see nothing that they share, and might not"
             return None
         return _finding(
             "pairs-mismatched",
             f"The rows of {one} and {two} have nothing in common, and the loss takes them as pairs",
-            joins[one], one, [two], where="data",
+            joins[one], one, [two], where="data", are_views=are_views,
         )  # fmt: skip
     if not taken:
         return None
@@ -198,15 +205,22 @@ def _unrelated(context: Context, tensors: dict[str, Tensor], joins: dict[str, Jo
     return None
 
 
-def _finding(code: str, title: str, join: Join, name: str, rest: list[str], *, where: str) -> Finding:
+def _finding(
+    code: str, title: str, join: Join, name: str, rest: list[str], *, where: str, are_views: bool = False
+) -> Finding:
     return Finding(
         code,
         "warning",
         title,
         where=where,
         evidence=f"of {join.num} samples, those that are alike in {name} are no more alike in {some(rest, SHOWN)} than "
-        f"by chance (p = {join.p_value:.2g} for dependence); of labels made up of these inputs, a quarter to three "
-        f"quarters of them noise, at least {POWER:.0%} would be seen",
+        f"by chance (p = {join.p_value:.2g} for dependence); "
+        + (
+            "with views made up of each, four fifths of their variance noise, they would be"
+            if are_views
+            else "of labels made up of these inputs, a quarter to three quarters of them noise, at least "
+            f"{POWER:.0%} would be seen"
+        ),
         cause="They were shuffled apart, or joined by the wrong index.",
         advice="Look at a few samples with all that belongs to them, and join by a key and not by position. Relations "
         "of three or more inputs at once (parity), and very weak ones, also look like this.",

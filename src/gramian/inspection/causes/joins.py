@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramian.inspection.causes.likeness import is_sequence, kernels, simple_features
 
-__all__ = ["CERTAIN", "LEAST", "UNSEEN", "Join", "follows", "power", "relations"]
+__all__ = ["CERTAIN", "LEAST", "UNSEEN", "Join", "follows", "power", "relations", "sees_views"]
 
 # Samples from which on the tests are made, and up to which they are; of other orders fewer.
 LEAST, MOST, MOST_SHIFTED = 100, 512, 256
@@ -29,6 +29,8 @@ SHIFTS, NUM_SHUFFLES = 8, 20
 NUM_MADE_UP, OF_TABLES, OF_PRODUCTS, OF_SEQUENCES = 20, 3 / 4, 1 / 2, 1 / 4
 # Features for each sample beyond which products of two are not seen.
 MOST_FEATURES = 1 / 3
+# Shares of the deviation by which means and deviations of two views differ at most, on average.
+KIND = 0.25
 # Ways to be alike that are tried for the rest of the batch.
 MOST_WAYS = 40
 
@@ -182,6 +184,33 @@ def power(label: Tensor, inputs: Sequence[Tensor], *, beside: Tensor | None = No
         return num / NUM_MADE_UP
 
     return seen(are_products=False), seen(are_products=True)
+
+
+def sees_views(one: Tensor, other: Tensor) -> bool:
+    """Whether two inputs are of one kind, and the tests would see that they are views of the same samples.
+
+    Of one kind are numbers in the same places with about the same means and deviations over the samples. A view is
+    made up of each: the sample itself, of which noise is four fifths of the variance.
+
+    Args:
+        one, other: (N, …), of the same shape.
+
+    Returns: whether.
+    Cost: that of a test of each.
+    """
+    one, other = one[:MOST], other[:MOST]
+    if one.shape != other.shape or not (one.is_floating_point() and other.is_floating_point()):
+        return False
+    a, b = (t.double().flatten(1) for t in (one, other))
+    size = torch.cat((a, b)).std(0).clamp(min=1e-12)
+    if float(((a.mean(0) - b.mean(0)) / size).abs().mean()) > KIND or float((a.std(0) / size - 1).abs().mean()) > KIND:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for t in (one, other):
+        noise = torch.randn(t.shape, generator=generator, dtype=torch.float64) * t.double().std(0)
+        if _test(_Centered.of(kernels(t.double() + 2 * noise)), _around([kernels(t)]))[0] > UNSEEN:
+            return False
+    return True
 
 
 def _drawn(x: Tensor, classes: int, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
+
 from gramian.inspection.causes.alignment import places_depend
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.data import rows_of
@@ -11,6 +13,9 @@ from gramian.inspection.causes.dependence import DEPENDENCE, labels_depend
 from gramian.report import Finding
 
 __all__ = ["RULES"]
+
+# Scores from here down are masked where the others of their row are below this share of them; so large is the loss.
+MASKED, SMALL = -1e4, 1e-2
 
 
 def paired(context: Context) -> Iterator[Finding]:
@@ -97,4 +102,42 @@ def shifted(context: Context) -> Iterator[Finding]:
         )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (paired, padded, shifted)
+def masked(context: Context) -> Iterator[Finding]:
+    """Find targets of a cross-entropy whose scores are masked. Exact on the first call."""
+    for found in context.observed.criteria:
+        scores, target = found.given, found.target
+        if found.function not in ("cross_entropy", "nll_loss") or target.is_floating_point() or scores.ndim < 2:
+            continue
+        rows, labels = scores.movedim(1, -1).flatten(0, -2).float(), target.flatten()
+        is_class = (labels >= 0) & (labels < rows.shape[1])
+        asked = rows.gather(1, labels.clamp(0, rows.shape[1] - 1)[:, None])[:, 0]
+        others = torch.where(rows > MASKED, rows.abs(), 0.0).amax(1)
+        are_hidden = is_class & (asked <= MASKED) & (others < SMALL * -asked)
+        # Rows that do not count, as those of padding, may have any target.
+        if not bool(are_hidden.any()) or context.observed.loss < SMALL * -MASKED:
+            continue
+        num = int(are_hidden.sum())
+        places = torch.arange(len(labels), device=labels.device)[are_hidden]
+        are_own = rows.shape[0] == rows.shape[1] and torch.equal(labels[are_hidden], places)
+        yield Finding(
+            "labels-out-of-range",
+            "error",
+            "The loss asks each row for itself, which is masked"
+            if are_own
+            else f"The loss asks for classes whose scores are masked, in {num} of {len(rows)} rows",
+            where="loss",
+            evidence=f"the scores of {num} targets are {float(asked[are_hidden].max()):.3g} or less, and others of "
+            f"these rows up to {float(others[are_hidden].max()):.3g}; the loss is {context.observed.loss:.3g} (exact)",
+            cause="The target is what the mask hides: of a contrast of all pairs it is to be the other view of the "
+            "sample, and not the diagonal."
+            if are_own
+            else "Mask and target contradict each other: what is masked has no probability, and no gradient that "
+            "another score could follow.",
+            advice="Of N pairs, the target of row i of (2N, 2N) is (i + N) % 2N."
+            if are_own
+            else "Take the targets out of the mask, or leave these rows out with ignore_index.",
+        )
+        return
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (paired, padded, shifted, masked)

@@ -50,6 +50,9 @@ def contrast(context: Context) -> Iterator[Finding]:
     if found.kind == "alike":
         yield _alike(found)
         return
+    if found.kind == "labels":
+        yield _reversed(found)
+        return
     is_of_pairs = found.kind == "pairs"
     yield Finding(
         "pairs-mismatched",
@@ -79,6 +82,20 @@ def _alike(found: Contrast) -> Finding:
         f"variance, the third by {found.there:.3g}, and neither by more than the other (p > 0.05)",
         cause="What is to be different was drawn from the same class or neighborhood as what is to be alike.",
         advice="Draw negatives from other classes or samples; if hard ones are chosen on purpose, all is well.",
+    )
+
+
+def _reversed(found: Contrast) -> Finding:
+    return Finding(
+        "loss-reversed",
+        "error",
+        f"The loss pulls together pairs of label {found.shift}, and those of the other label are alike",
+        where="loss",
+        evidence=f"with random embeddings, it is lower with equal ones where the label is {found.shift}, and higher "
+        "where it is the other; inputs of a pair are nearer than those of other pairs, as shares of the variance, "
+        f"by {found.here:.3g} with that label (by chance), and {found.there:.3g} with the other (p < 1e-6)",
+        cause="The loss and the data have opposite conventions of which label says that two are alike.",
+        advice="Exchange the two terms, or take one minus the label.",
     )
 
 

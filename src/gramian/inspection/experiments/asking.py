@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook
 
 from gramian.batch import mapped
 from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import Given, given_of
 from gramian.recording.hooks import hooks
+from gramian.recording.tracking import tensors_of
 
 __all__ = [
     "along_rows",
@@ -37,24 +38,32 @@ VARIED = 0.1
 
 
 def uses_a_network(replay: Replay) -> bool:
-    """Whether the loss of outputs calls a module with parameters, as a discriminator or a teacher.
+    """Whether the loss asks a module with parameters about outputs, as a discriminator: it answers otherwise of others.
+
+    A teacher, which is given the inputs alone, says the same whatever the outputs are.
 
     Args:
         replay: of the model.
 
     Returns: whether.
     Raises: what the loss raises.
-    Cost: that of the loss.
+    Cost: that of the loss, twice where it calls such a module.
     """
-    found: list[bool] = []
 
-    def hook(module: nn.Module, args: Any) -> None:
-        if module is not replay.model:
-            found.append(any(True for _ in module.parameters()))
+    def answers(outputs: list[Tensor]) -> list[Tensor]:
+        found: list[Tensor] = []
 
-    with hooks([register_module_forward_pre_hook(hook)]):
-        replay.value(replay.outputs)
-    return any(found)
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if module is not replay.model and any(True for _ in module.parameters()):
+                found.extend(t.detach() for t in tensors_of((output,)))
+
+        with hooks([register_module_forward_hook(hook)]):
+            replay.value(outputs)
+        return found
+
+    before = answers(replay.outputs)
+    after = answers([t + 1 + t.abs() if t.is_floating_point() else t for t in replay.outputs]) if before else []
+    return len(before) != len(after) or not all(map(torch.equal, before, after))
 
 
 def are_bounded(asked: Asked) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramian.batch import mapped
 from gramian.inspection.experiments.replaying import Asked, Replay
-from gramian.inspection.passes.given import given_of
+from gramian.inspection.passes.given import Given, given_of
 
 __all__ = ["Contrast", "pulled_apart"]
 
@@ -32,9 +32,11 @@ class Contrast:
 
     Attributes:
         kind: "pairs" (of two, the loss is lower with those of other samples), "triplets" (of three, it pulls
-            together the two whose inputs are less alike), "alike" (it pulls apart two that are as alike as the others).
-        here, there: the loss with equal embeddings in each pair, and in other pairs; of triplets, of the two pairs.
-        shift: of the pairs with which it is lowest.
+            together the two whose inputs are less alike), "alike" (it pulls apart two that are as alike as the others),
+            "labels" (it pulls together pairs of the label that are less alike than those that it pushes apart).
+        here, there: the loss with equal embeddings in each pair, and in other pairs; of triplets, of the two pairs; of
+            labels, how much nearer pairs' inputs are than others, where they are pulled and where they are pushed.
+        shift: of the pairs with which it is lowest; of labels, that of which pairs are pulled together.
     """
 
     kind: str
@@ -44,7 +46,7 @@ class Contrast:
 
 
 def pulled_apart(asked: Asked) -> Contrast | None:
-    """Ask a loss of two or three embeddings, and of nothing else of the batch, which of them it pulls together.
+    """Ask a loss of two or three embeddings, and of two of nothing else but a label, which it pulls together.
 
     Random embeddings are put in, those of one side being the other's, in the order of the batch and shifted by each
     number of samples. Of three, the inputs say which two are alike, by their distances.
@@ -60,25 +62,63 @@ def pulled_apart(asked: Asked) -> Contrast | None:
     outputs = replay.outputs
     if not replay.is_known or not 2 <= len(outputs) <= 3 or len({t.shape for t in outputs}) > 1:
         return None
-    if outputs[0].ndim != 2 or outputs[0].shape[1] < NARROW or len(outputs[0]) < NARROW or _takes_more(replay):
+    if outputs[0].ndim != 2 or outputs[0].shape[1] < NARROW or len(outputs[0]) < NARROW:
+        return None
+    taken = _taken(replay)
+    if taken and (len(outputs) != 2 or len(taken) > 1):
         return None
     generator = torch.Generator().manual_seed(0)
     like = outputs[0]
     draws = [torch.randn(like.shape, generator=generator).to(like) for _ in range(2 * DRAWS)]
     draws = [d * like.norm(dim=1).mean() / d.norm(dim=1, keepdim=True) for d in draws]
+    if taken:
+        return _of_labels(asked, draws[:DRAWS], taken[0])
     if len(outputs) == 2:
         return _of_pairs(replay, draws[:DRAWS])
     return _of_triplets(asked, draws)
 
 
-def _takes_more(replay: Replay) -> bool:
-    """Whether another tensor of the batch, in place of which comes one in another order, changes the loss."""
+def _taken(replay: Replay) -> list[Given]:
+    """The tensors of the batch in place of which some in another order change the loss."""
+    found = []
     for one in given_of([replay.batch], set(), set()):
         t = one.values[0]
         other = mapped(replay.batch, lambda v, t=t: v.roll(1, 0) if v is t else v)
         if not torch.equal(replay.gradients(replay.outputs, other)[0], replay.slopes[0]):
-            return True
-    return False
+            found.append(one)
+    return found
+
+
+def _of_labels(asked: Asked, draws: Sequence[Tensor], label: Given) -> Contrast | None:
+    """Whether pairs of the label that the loss pulls together are not alike, and those that it pushes apart are."""
+    replay, t = asked.replay.of_samples, label.values[0]
+    given = [g for g in given_of(asked.seen.batches, asked.seen.fed, set()) if g.is_input]
+    labels = [g for g in given_of(asked.seen.batches, set(), set()) if g.name == label.name]
+    if len(given) != 2 or len(labels) != 1 or given[0].values[0].shape != given[1].values[0].shape:
+        return None
+    if not all(g.values[0].is_floating_point() for g in given) or t.numel() != len(t):
+        return None
+    y = torch.cat([v.detach().cpu().double().flatten() for v in labels[0].values])
+    if len(y.unique()) != 2:
+        return None
+    values = [float(v) for v in y.unique()]
+
+    def pulls(value: float) -> list[float]:
+        batch = mapped(replay.batch, lambda v: torch.full_like(v, value) if v is t else v)
+        ways = ([replay.loss([d, other], batch) for other in (d, d.roll(1, 0))] for d in draws)
+        return [float((there - here).detach()) for here, there in ways]
+
+    low, high = map(pulls, values)
+    pulled = values[0] if min(low) > 0 > max(high) else values[1] if min(high) > 0 > max(low) else None
+    if pulled is None:
+        return None
+    one, other = (torch.cat([v.detach().cpu().double().flatten(1) for v in g.values]) for g in given)
+    if len(one) != len(y):
+        return None
+    size = torch.cat((one, other)).std(0).clamp(min=1e-12)
+    nearer = _nearer(one / size, other / size)
+    (near, z), (far, z_far) = (_mean(nearer[y == pulled]), _mean(nearer[y != pulled]))
+    return Contrast("labels", near, far, int(pulled)) if z < NO_MORE and z_far > CERTAIN else None
 
 
 def _of_pairs(replay: Replay, draws: Sequence[Tensor]) -> Contrast | None:
@@ -123,6 +163,14 @@ def _of_triplets(asked: Asked, draws: Sequence[Tensor]) -> Contrast | None:
 
 def _drop(one: Tensor, other: Tensor) -> tuple[float, float]:
     """By how much nearer rows are to each other than to the next row, and in how many standard errors."""
-    nearer = (one - other.roll(1, 0)).square().mean(1) - (one - other).square().mean(1)
-    error = float(nearer.std()) / math.sqrt(len(nearer))
-    return float(nearer.mean()), float(nearer.mean()) / error if error > 0 else 0.0
+    return _mean(_nearer(one, other))
+
+
+def _nearer(one: Tensor, other: Tensor) -> Tensor:
+    return (one - other.roll(1, 0)).square().mean(1) - (one - other).square().mean(1)
+
+
+def _mean(t: Tensor) -> tuple[float, float]:
+    """The mean, and how many of its standard errors it is above zero."""
+    error = float(t.std()) / math.sqrt(len(t)) if len(t) > 1 else 0.0
+    return float(t.mean()) if len(t) else 0.0, float(t.mean()) / error if error > 0 else 0.0

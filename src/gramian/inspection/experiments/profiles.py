@@ -101,7 +101,7 @@ def _is_normalized(out: Tensor) -> bool:
     """Whether rows have one length, are probabilities or their logarithms: then each column alone cannot move."""
     if out.ndim < 2 or out.shape[-1] < 2:
         return False
-    rows = out.double().flatten(0, -2)
+    rows = out.detach().double().flatten(0, -2)
     sizes = (rows.norm(dim=1), rows.sum(1), rows.logsumexp(1))
     return any(float(s.std()) <= 1e-3 * float(s.abs().mean() + 1e-3) for s in sizes)
 

@@ -103,7 +103,7 @@ def _is_in_any_order(replay: Replay, i: int, t: Tensor) -> bool:
 
 def _moved(replay: Replay, t: Tensor, sample: int) -> list[Tensor | None]:
     """By how much each output's rows of gradients differ between two values of a sample's numbers."""
-    size = max(float(v.abs().amax()) for v in (t, *replay.outputs) if v.numel())
+    size = max(float(v.detach().abs().amax()) for v in (t, *replay.outputs) if v.numel())
     for low, high in ((-FAR * size, FAR * size), (float(t.min()), float(t.max()))):
         runs = []
         for value in (low, high):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gramian.batch import mapped
 from gramian.inspection.experiments.replaying import Asked, Replay
@@ -15,6 +17,8 @@ __all__ = ["Together", "made_into_inputs", "rows_together"]
 
 # Numbers of an embedding, draws of random ones, and the share of its size by which a loss is lower for pairs.
 NARROW, DRAWS, LOWER = 4, 3, 0.03
+# How much larger than the outputs they are made: beside small ones, terms of each side may be all that counts.
+LARGER = (1.0, 4.0, 16.0)
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Together:
     Attributes:
         inputs: the tensors that the model is called with, which is called with nothing else.
         taken: those that the loss takes beside them, with an effect on the outputs' gradients.
-        are_pairs: whether the loss takes two embeddings and nothing else, and is lower where the two of a row are
-            equal than where they are those of other rows.
+        are_pairs: whether the loss takes embeddings of two inputs and nothing else, and is lower where those of a row
+            are equal than where they are those of other rows.
         are_copies: whether these two are the same for all rows, in training too: nothing drops or moves any of them.
     """
 
@@ -66,7 +70,7 @@ def rows_together(asked: Asked) -> Together | None:
         if all(torch.equal(a, b) for a, b in zip(replay.slopes, after, strict=True)):
             return None
         taken.append(one.name)
-    are_pairs = not taken and len(given) == 2 and _are_pairs(replay)
+    are_pairs = not taken and len(given) == 2 and _are_pairs(asked, given)
     return Together(tuple(given), tuple(taken), are_pairs, are_pairs and _are_copies(asked))
 
 
@@ -97,28 +101,46 @@ def made_into_inputs(asked: Asked) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _are_pairs(replay: Replay) -> bool:
-    """Whether the loss of two embeddings is lower where those of each row are equal."""
+def _are_pairs(asked: Asked, names: Sequence[str]) -> bool:
+    """Whether the loss of embeddings of two inputs is lower where those of each row are equal."""
+    replay = asked.replay.of_samples
     outputs = replay.outputs
-    if len(outputs) != 2 or outputs[0].shape != outputs[1].shape or outputs[0].ndim != 2:
+    if len(outputs) < 2 or len({t.shape for t in outputs}) > 1 or outputs[0].ndim != 2:
         return False
     like = outputs[0]
     if like.shape[1] < NARROW or len(like) < NARROW:
         return False
+    are_first = [True, False] if len(outputs) == 2 else _sides(asked, names)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(DRAWS):
-        drawn = torch.randn(like.shape, generator=generator).to(like)
-        drawn = drawn * like.norm(dim=1).mean() / drawn.norm(dim=1, keepdim=True)
-        here, there = replay.value([drawn, drawn]), replay.value([drawn, drawn.roll(1, 0)])
-        if not there > here + LOWER * max(abs(here), abs(there)):
-            return False
-    return True
+    drawn = [torch.randn(like.shape, generator=generator).to(like) for _ in range(DRAWS)]
+    drawn = [d * like.norm(dim=1).mean() / d.norm(dim=1, keepdim=True) for d in drawn]
+
+    def is_lower(d: Tensor) -> bool:
+        here, there = (replay.value([d if first else two for first in are_first]) for two in (d, d.roll(1, 0)))
+        return there > here + LOWER * max(abs(here), abs(there))
+
+    return bool(are_first) and any(all(is_lower(by * d) for d in drawn) for by in LARGER)
+
+
+def _sides(asked: Asked, names: Sequence[str]) -> list[bool]:
+    """For each output whether it is the first input's; none where one is neither's alone, as with several heads."""
+    replay = asked.replay.of_samples
+    moved = []
+    for name in names:
+        (t,) = (g.values[0] for g in given_of([replay.batch], set(), set()) if g.name == name)
+        other = mapped(replay.batch, lambda v, t=t: v.roll(1, 0) if v is t else v)
+        after = Replay(asked.model, other, asked.objective).of_samples.outputs
+        if len(after) != len(replay.outputs):
+            return []
+        moved.append([not torch.equal(a, b) for a, b in zip(replay.outputs, after, strict=True)])
+    first, second = moved
+    return first if all(a != b for a, b in zip(first, second, strict=True)) and any(first) and any(second) else []
 
 
 def _are_copies(asked: Asked) -> bool:
     """Whether the two embeddings of each row are the same, also in training, where dropout makes two of one."""
-    one, other = asked.replay.of_samples.outputs
-    if not torch.equal(one, other):
+    outputs = asked.replay.of_samples.outputs
+    if len(outputs) != 2 or not torch.equal(*outputs):
         return False
     with training(asked.model):
         one, other = Replay(asked.model, asked.batch, asked.objective).of_samples.outputs

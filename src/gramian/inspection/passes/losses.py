@@ -33,7 +33,7 @@ _VALUES: dict[Callable, str] = {
 VALUES = ("difference", *_VALUES.values())
 """Functions of an output and a target that are numbers."""
 _DIFFERENCES = {torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__}
-_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.mul_, Tensor.__imul__}
 _LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax, F.softmax, torch.softmax, Tensor.softmax}
 
 # Functions whose values have ends.
@@ -132,7 +132,7 @@ def ends_of(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Ends | No
 
 
 def shifted(ends: Ends, func: Callable, by: Any, *, is_reversed: bool = False) -> Ends | None:
-    """The two ends of values times a number, over one, or plus or minus one; `None` for others.
+    """The ends of values times a number, over one, or plus or minus one; `None` for others. One may be infinite.
 
     Args:
         ends: of the values.
@@ -142,7 +142,7 @@ def shifted(ends: Ends, func: Callable, by: Any, *, is_reversed: bool = False) -
     """
     if isinstance(by, Tensor):
         by = by.item() if by.numel() == 1 and not by.requires_grad and by.is_floating_point() else None
-    if not isinstance(by, (int, float)) or not all(map(math.isfinite, (by, ends.low, ends.high))):
+    if not isinstance(by, (int, float)) or not math.isfinite(by):
         return None
     factor, offset = 1.0, 0.0
     if func in _PRODUCTS:

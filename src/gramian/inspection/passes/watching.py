@@ -20,6 +20,7 @@ from gramian.batch import mapped
 from gramian.inspection.experiments.canceling import canceled
 from gramian.inspection.passes.draws import Draws
 from gramian.inspection.passes.following import Follower
+from gramian.inspection.passes.gate_functions import MOVES, NEGATIONS
 from gramian.inspection.passes.given import key
 from gramian.inspection.passes.leading import Leading
 from gramian.inspection.passes.losses import ends_of, see_loss, see_pull, shifted
@@ -292,6 +293,9 @@ class Watcher(Follower):
             self.ended = (made, ends)
         elif func in _SELECTIONS and given:
             ends = self.bounded.get(id(given[0]))
+        elif given and made is given[0] and func not in MOVES:  # what was written into has other values
+            self.bounded.pop(id(made), None)
+            self.ended = None if self.ended is not None and self.ended[0] is made else self.ended
         if ends is not None and not self.live:
             self.bounded[id(made)] = ends
             self._know(made)
@@ -306,8 +310,10 @@ class Watcher(Follower):
             self.operations.heads.see(func, args, kwargs, given, made)
 
     def _scaled(self, func: Any, args: tuple) -> Ends | None:
-        """The ends of values times a number, or plus one, as a tanh's times the largest action."""
+        """The ends of values times a number or plus one, as a tanh's times the largest action, and of negatives."""
         ends = self.bounded.get(id(args[0])) if args else None
+        if ends is not None and func in NEGATIONS:
+            return shifted(ends, torch.mul, -1.0)
         of_second = self.bounded.get(id(args[1])) if len(args) == 2 else None
         if ends is not None:
             return shifted(ends, func, args[1]) if len(args) == 2 else None
