@@ -11,7 +11,7 @@ from torch import Tensor
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.causes.dependence import DEPENDENCE, POWER
-from gramian.inspection.causes.joins import LEAST, Join, follows, power, relations, sees_views
+from gramian.inspection.causes.joins import LEAST, NOISE, Join, follows, power, relations, sees_views
 from gramian.inspection.causes.likeness import is_sequence
 from gramian.inspection.passes.given import Given, given_of, key
 from gramian.inspection.passes.moments import all_finite
@@ -216,7 +216,7 @@ def _finding(
         evidence=f"of {join.num} samples, those that are alike in {name} are no more alike in {some(rest, SHOWN)} than "
         f"by chance (p = {join.p_value:.2g} for dependence); "
         + (
-            "with views made up of each, four fifths of their variance noise, they would be"
+            f"with views made up of each, {NOISE:.0%} of their variance noise, they would be"
             if are_views
             else "of labels made up of these inputs, a quarter to three quarters of them noise, at least "
             f"{POWER:.0%} would be seen"
