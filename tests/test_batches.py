@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import gramian as gm
 from cases import seeded
-from gramian.batch import first_samples, mapped
+from gramian.batch import mapped
 from gramian.calls import prepared
 from gramian.errors import GramianWarning, InputError, TaskError, UnsupportedError
+from gramian.samples import first_samples
 
 Objective = gm.Objective
 CLASSES = 3

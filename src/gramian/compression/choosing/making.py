@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gramian import placement
-from gramian.batch import first_samples
 from gramian.block import blocks
 from gramian.calls import prepared
 from gramian.compression.budget.plan import Plan
@@ -26,6 +25,7 @@ from gramian.compression.units.narrowing import narrow
 from gramian.errors import CheckpointError, GramianError, InputError
 from gramian.objective import Objective, as_objective
 from gramian.recording import evaluating
+from gramian.samples import first_samples
 
 __all__ = ["plan_for"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import first_samples, num_samples
+from gramian.batch import num_samples
 from gramian.block import blocks
 from gramian.compression.calibration.targets import why_not
 from gramian.compression.layers.lowrank import matrix_of
@@ -17,6 +17,7 @@ from gramian.compression.layers.quantized import Quantized, multiplies_integers
 from gramian.compression.layers.rounding import rounded
 from gramian.layers import operation_of
 from gramian.recording.tracking import tensors_of
+from gramian.samples import first_samples
 
 __all__ = ["FORMS", "in_bfloat16", "in_int8", "num_bytes", "samples"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from gramian.batch import first_samples, mapped
+from gramian.batch import mapped
 from gramian.compression.calibration.reading import cuttable
 from gramian.compression.calibration.targets import Target
 from gramian.compression.sharded.holding import Holding, as_bytes, fitting, holding, resident
@@ -17,6 +17,7 @@ from gramian.compression.sharded.spool import Spool
 from gramian.compression.sharded.sweeping import Sweep
 from gramian.loader import Batches, as_batches
 from gramian.objective import Objective
+from gramian.samples import first_samples
 
 __all__ = ["cut", "loss_of", "measured"]
 

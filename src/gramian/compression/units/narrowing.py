@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from gramian.batch import first_samples, num_samples, tensors
+from gramian.batch import num_samples, tensors
 from gramian.block import Block, blocks
 from gramian.calls import as_model, prepared, unwrapped
 from gramian.compression.budget.planning import judged
@@ -39,6 +39,7 @@ from gramian.objective import Objective, as_objective, differentiates
 from gramian.recording import evaluating
 from gramian.recording.hooks import hooks
 from gramian.recording.measuring import by_modules
+from gramian.samples import first_samples
 
 __all__ = ["may_narrow", "narrow"]
 

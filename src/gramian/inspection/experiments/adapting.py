@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import first_samples
 from gramian.inspection.experiments.replaying import Replay
 from gramian.inspection.passes.derivatives import gradients_of
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.measuring import evaluating, training
+from gramian.samples import first_samples
 from gramian.seeding import seed_torch
 
 __all__ = ["moved_by_steps"]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gramian.batch import LABELS, first_samples, main_input, mapped, parts, tensors
+from gramian.batch import LABELS, main_input, mapped, parts, tensors
 from gramian.errors import InputError
 from gramian.inspection.experiments.ordering import run_along_rows
 from gramian.inspection.passes.dropping import DROPOUTS, share_dropped
@@ -22,6 +22,7 @@ from gramian.inspection.passes.moments import first_float
 from gramian.objective import Objective
 from gramian.recording.hooks import hooks
 from gramian.recording.measuring import eager, evaluating
+from gramian.samples import first_samples
 from gramian.seeding import seed_torch
 
 __all__ = ["Evaluated", "evaluate"]

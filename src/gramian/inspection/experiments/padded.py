@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gramian.batch import first_samples, main_input, tensors
+from gramian.batch import main_input, tensors
 from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.passes.given import Given, given_of
 from gramian.inspection.passes.padding import filled_ends, padding_of
 from gramian.recording.hooks import hooks
+from gramian.samples import first_samples
 from gramian.seeding import seed_torch
 
 __all__ = ["Counted", "Reading", "counts_padding", "reads_padding"]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import first_samples, num_samples
+from gramian.batch import num_samples
 from gramian.inspection.experiments.replaying import Asked, loss_of
 from gramian.inspection.passes.following import Follower
+from gramian.samples import first_samples
 
 __all__ = ["Recut", "moved_axis", "recut"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import first_samples, has_rows, main_input, mapped, num_samples, tensors
+from gramian.batch import main_input, mapped, num_samples, tensors
 from gramian.errors import InputError
 from gramian.inspection.experiments.containers import is_container, remade
 from gramian.inspection.experiments.terms import Term, Terms, scalar_terms
@@ -19,6 +19,7 @@ from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.operators.cuts import nodes_of
 from gramian.recording.hooks import hooks
+from gramian.samples import first_samples, has_rows
 from gramian.seeding import seed_torch
 
 __all__ = ["Asked", "Replay", "are_equal", "loss_of", "outputs_of"]

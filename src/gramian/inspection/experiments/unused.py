@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.batch import first_samples, mapped
+from gramian.batch import mapped
 from gramian.inspection.experiments.reaching import gradient_by
 from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
 from gramian.inspection.experiments.unzeroed import unzeroed
 from gramian.inspection.passes.given import Given, given_of, key, taken_of
+from gramian.samples import first_samples
 
 __all__ = ["Idle", "Unused", "idle_half", "idle_targets", "without_columns", "without_effect"]
 

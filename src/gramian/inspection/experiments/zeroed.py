@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gramian.batch import first_samples, num_samples
+from gramian.batch import num_samples
 from gramian.inspection.passes.derivatives import gradients_of
 from gramian.inspection.passes.following import Follower
 from gramian.inspection.passes.gate_functions import PRODUCTS
@@ -19,6 +19,7 @@ from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.measuring import training
 from gramian.recording.taps import in_vmap
+from gramian.samples import first_samples
 from gramian.seeding import seed_torch
 
 __all__ = ["Zeroed", "find_zeroed"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.batch import first_samples, mapped, num_samples, tensors
+from gramian.batch import mapped, num_samples, tensors
 from gramian.inspection.measured import Measured
 from gramian.objective import Objective
 from gramian.operators import NoJacobian, try_jacobian
@@ -20,6 +20,7 @@ from gramian.operators.gains import try_gains
 from gramian.recording import capture
 from gramian.report import Layer
 from gramian.report.model import COVERAGE, HALF
+from gramian.samples import first_samples
 
 __all__ = ["SIGNAL", "in_words", "measure_signal"]
 
