@@ -16,10 +16,10 @@ from gramian.inspection.causes import ordered
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.gates import RULES
 from gramian.inspection.causes.heads import bounded_scores, offset
-from gramian.inspection.passes.observed import Observed
-from gramian.inspection.passes.observing import observe
+from gramian.inspection.passes.parameter_sources import trace
 from gramian.inspection.passes.records import Source
-from gramian.inspection.passes.sources import trace
+from gramian.inspection.passes.step_records import Observed
+from gramian.inspection.passes.watched_steps import observe
 from gramian.report import Finding
 
 N, WIDTH, STEPS, CLASSES = 64, 12, 6, 3

@@ -310,7 +310,7 @@ def test_an_order_that_the_model_does_not_see() -> None:
 def test_what_a_network_has_learned_with_is_no_fault() -> None:
     """The same scores, saturated, before and after the labels fit them."""
     from gramian.inspection.causes.context import Context
-    from gramian.inspection.passes.observing import observe
+    from gramian.inspection.passes.watched_steps import observe
 
     x = draw(64, 4)
     model = nn.Linear(4, 2)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.inspection.causes.joins import follows, power, relations
+from gramian.inspection.causes.row_agreement import follows, power, relations
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

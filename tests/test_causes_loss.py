@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.inspection.experiments.evaluated import evaluate
+from gramian.inspection.experiments.evaluation_mode import evaluate
 from gramian.inspection.passes.moments import moments
 
 CLASSIFY, REGRESS = gm.Objective.classification(), gm.Objective.regression()

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.inspection.experiments.leaking import find_leak
-from gramian.inspection.passes.observing import observe
+from gramian.inspection.experiments.target_leaks import find_leak
+from gramian.inspection.passes.watched_steps import observe
 
 CLASSIFY = gm.Objective.classification()
 TOKENS, T, WIDTH = 30, 10, 16

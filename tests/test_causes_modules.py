@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.precision import float16_weights
-from gramian.inspection.passes.observed import Observed
-from gramian.inspection.passes.observing import observe
+from gramian.inspection.passes.step_records import Observed
+from gramian.inspection.passes.watched_steps import observe
 
 CLASSIFY = gm.Objective.classification()
 N, SIDE, VOCABULARY, LENGTH, CLASSES = 128, 8, 12, 10, 3

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gramian as gm
 from gramian.bench.faults.cases import Case
-from gramian.inspection.experiments import peaks
+from gramian.inspection.experiments import maximum_at_labels
 
 CLASSES = 5
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -445,8 +445,8 @@ def test_what_half_precision_loses_is_the_factors_fault(kind: str) -> None:
 def test_labels_are_put_in_place_of_the_output_of_their_shape() -> None:
     """And in columns of another one only where there is none: a score is no width of a box."""
     boxes, scores, labels = torch.zeros(8, 4), torch.zeros(8, 1), torch.zeros(8)
-    assert list(peaks._places([boxes, scores], labels)) == [(1, ())]
-    assert list(peaks._places([boxes], labels)) == [(0, (c,)) for c in range(4)]
+    assert list(maximum_at_labels._places([boxes, scores], labels)) == [(1, ())]
+    assert list(maximum_at_labels._places([boxes], labels)) == [(0, (c,)) for c in range(4)]
 
 
 @pytest.mark.parametrize("is_log", [False, True])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.inspection.passes.observing import observe
+from gramian.inspection.passes.watched_steps import observe
 
 CLASSIFY = gm.Objective.classification()
 N, D, STATES, LENGTH, CLASSES = 64, 8, 6, 12, 3

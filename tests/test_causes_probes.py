@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.inspection.experiments.recutting import moved_axis
+from gramian.inspection.experiments.mixing_reshapes import moved_axis
 
 B, T, D, V = 32, 8, 12, 9
 

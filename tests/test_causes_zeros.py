@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.inspection.experiments.opening import open_zeros
-from gramian.inspection.passes.observing import observe
+from gramian.inspection.experiments.opening_zeros import open_zeros
+from gramian.inspection.passes.watched_steps import observe
 
 CLASSIFY = gm.Objective.classification()
 D, WIDTH, CLASSES = 10, 16, 3

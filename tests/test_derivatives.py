@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.inspection.passes.derivatives import first_infinite_derivative
+from gramian.inspection.passes.nonfinite_derivatives import first_infinite_derivative
 
 
 class Scaled(nn.Module):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
-from gramian.inspection.causes import dependence, joins
-from gramian.inspection.causes.joins import relations
-from gramian.inspection.causes.likeness import kernels
-from gramian.inspection.experiments.stepping import FEWEST, NUM_STEPS, take_steps
+from gramian.inspection.causes import dependence, row_agreement
+from gramian.inspection.causes.row_agreement import relations
+from gramian.inspection.causes.sample_similarity import kernels
+from gramian.inspection.experiments.optimizer_steps import FEWEST, NUM_STEPS, take_steps
 from gramian.inspection.passes.moments import all_finite
-from gramian.inspection.passes.observing import observe
+from gramian.inspection.passes.watched_steps import observe
 from gramian.objective import as_objective
 from gramian.operators import NoJacobian, try_jacobian
 from gramian.recording.measuring import batch_statistics
@@ -80,10 +80,10 @@ def test_two_tensors_belong_together_from_both_sides() -> None:
 
 def test_chance_is_the_same_for_all_orders_of_rows() -> None:
     x = torch.randn(120, 4, generator=seeded(0))
-    own, around = (joins._Centered.of(kernels(t)) for t in (x, x[:, :2].roll(3, 0)))
-    known = joins._chance(own, around)
+    own, around = (row_agreement._Centered.of(kernels(t)) for t in (x, x[:, :2].roll(3, 0)))
+    known = row_agreement._chance(own, around)
     for other in (own.rolled(3), own.ordered(torch.randperm(120, generator=seeded(1)))):
-        assert joins._test(other, around, known) == joins._test(other, around)
+        assert row_agreement._test(other, around, known) == row_agreement._test(other, around)
 
 
 def test_the_local_kernel_is_that_of_distances() -> None:

@@ -270,7 +270,7 @@ def test_a_watch_that_fails_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyP
     def fails(*_: Any) -> None:
         raise RuntimeError("in the watch")
 
-    monkeypatch.setattr("gramian.inspection.passes.watching.squares", fails)
+    monkeypatch.setattr("gramian.inspection.passes.watched_pass.squares", fails)
     report = gm.inspect(tower(3), [(normal(N, D), torch.arange(N) % 3)], gm.Objective.classification())
     assert "training-fails" not in {f.code for f in report.findings}
     assert "in the watch" in report.not_looked_at["causes"]

@@ -20,19 +20,19 @@ from gramian.inspection.causes import (
     loss,
     masks,
     modules,
+    optimizer,
     parameters,
     precision,
-    probed,
-    reach,
-    stepping,
+    small_changes,
+    wiring,
 )
 from gramian.inspection.comparing import comparison
-from gramian.inspection.live import clipping, forgetting, look, loop, skips
-from gramian.inspection.passes import origin
+from gramian.inspection.live import clipping, forgotten_state, look, loop_faults, skipped_steps
+from gramian.inspection.passes import nonfinite_origin
 from gramian.inspection.weights import rules as weight_rules
 
 MODULES = (rules, across_depth, weight_rules, comparison)
-CAUSES = (inputs, data, loss, probed, freezing, masks, modules, parameters, reach, stepping)
+CAUSES = (inputs, data, loss, small_changes, freezing, masks, modules, parameters, wiring, optimizer)
 FINDINGS = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
 
 
@@ -92,12 +92,12 @@ def test_the_causes_are_documented_and_have_a_rank() -> None:
 
 def test_the_codes_of_a_watch_are_those_of_its_rules() -> None:
     """Every code that stands in the source of what it runs, and no other."""
-    rules_of_a_look = (*look.EVERY_LOOK, *parameters.RULES, *stepping.RULES)
-    files = {python.getmodule(rule) for rule in rules_of_a_look} - {reach}
-    inside = (*files, reach.numbers, reach.unreached, reach.shared, precision.gradient_overflow, loss.non_finite)
+    rules_of_a_look = (*look.EVERY_LOOK, *parameters.RULES, *optimizer.RULES)
+    files = {python.getmodule(rule) for rule in rules_of_a_look} - {wiring}
+    inside = (*files, wiring.numbers, wiring.unreached, wiring.shared, precision.gradient_overflow, loss.non_finite)
     words = {
         node.value
-        for part in (*inside, clipping, forgetting, skips, loop, origin)
+        for part in (*inside, clipping, forgotten_state, skipped_steps, loop_faults, nonfinite_origin)
         for node in ast.walk(ast.parse(python.getsource(part)))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }

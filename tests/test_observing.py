@@ -8,7 +8,7 @@ from torch import nn
 
 import gramian as gm
 from gramian.inspection.passes.moments import moments
-from gramian.inspection.passes.observing import observe
+from gramian.inspection.passes.watched_steps import observe
 
 CLASSIFY = gm.Objective.classification()
 

@@ -16,10 +16,10 @@ from gramian.inspection.live import forward
 from gramian.inspection.live import schedule as timing
 from gramian.inspection.live.gradients import SAMPLE, all_finite, norms, sampled
 from gramian.inspection.live.schedule import Schedule
-from gramian.inspection.live.skips import MANY
+from gramian.inspection.live.skipped_steps import MANY
 from gramian.inspection.passes.moments import moments
-from gramian.inspection.passes.observed import Observed
-from gramian.inspection.passes.watching import Watcher
+from gramian.inspection.passes.step_records import Observed
+from gramian.inspection.passes.watched_pass import Watcher
 
 
 class Root(nn.Module):

@@ -14,7 +14,7 @@ from gramian.gram import DiagonalGram, Gram
 from gramian.report import Action, Finding, Layer
 
 if TYPE_CHECKING:
-    from gramian.inspection.measured import Measured
+    from gramian.inspection.measurements import Measured
 
 __all__ = [
     "ADAMW_EPS",

@@ -20,25 +20,25 @@ from gramian.errors import GramianError, InputError
 from gramian.inspection.across_depth import ADAMW_EPS
 from gramian.inspection.causes import CAUSES, Context
 from gramian.inspection.causes.data import labels_in_range, lost_labels
-from gramian.inspection.causes.growing import opening_matrices
-from gramian.inspection.causes.guessing import far_above_guessing
+from gramian.inspection.causes.initial_loss import far_above_guessing
 from gramian.inspection.causes.loss import training_fails
-from gramian.inspection.experiments.adapting import moved_by_steps
+from gramian.inspection.causes.zero_started import opening_matrices
+from gramian.inspection.experiments.adapter_effect import moved_by_steps
 from gramian.inspection.experiments.curvature import measure_curvature
-from gramian.inspection.experiments.evaluated import evaluate
-from gramian.inspection.experiments.leaking import find_leak
-from gramian.inspection.experiments.opening import open_zeros
-from gramian.inspection.experiments.probing import probe, untried
-from gramian.inspection.experiments.stepping import Steps
-from gramian.inspection.experiments.zeroed import find_zeroed
+from gramian.inspection.experiments.evaluation_mode import evaluate
+from gramian.inspection.experiments.opening_zeros import open_zeros
+from gramian.inspection.experiments.optimizer_steps import Steps
+from gramian.inspection.experiments.small_changes import probe, untried
+from gramian.inspection.experiments.target_leaks import find_leak
+from gramian.inspection.experiments.zero_products import find_zeroed
 from gramian.inspection.first_steps import FAILING, STEPS, observe_steps
-from gramian.inspection.lost import find_loss_of_weights, lost_in_steps
-from gramian.inspection.measured import Measured
-from gramian.inspection.passes.failing import taking_what_is_not_finite
-from gramian.inspection.passes.observed import Observed
-from gramian.inspection.passes.observing import NUM_BATCHES
-from gramian.inspection.passes.places import places
+from gramian.inspection.measurements import Measured
+from gramian.inspection.nonfinite_weights import find_loss_of_weights, lost_in_steps
+from gramian.inspection.passes.forward_order import places
 from gramian.inspection.passes.signal import SIGNAL, in_words, measure_signal
+from gramian.inspection.passes.step_failures import taking_what_is_not_finite
+from gramian.inspection.passes.step_records import Observed
+from gramian.inspection.passes.watched_steps import NUM_BATCHES
 from gramian.inspection.reporting import report_of
 from gramian.inspection.rules import find
 from gramian.inspection.weights.of_files import measure_file

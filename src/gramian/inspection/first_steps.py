@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from gramian.inspection.experiments.stepping import FEWEST, Steps, take_steps
-from gramian.inspection.passes.failing import steps_run
-from gramian.inspection.passes.observed import Observed
-from gramian.inspection.passes.observing import observe, observe_left
+from gramian.inspection.experiments.optimizer_steps import FEWEST, Steps, take_steps
 from gramian.inspection.passes.signal import in_words
+from gramian.inspection.passes.step_failures import steps_run
+from gramian.inspection.passes.step_records import Observed
+from gramian.inspection.passes.watched_steps import observe, observe_left
 from gramian.objective import Objective
 from gramian.recording.failing import check_runs
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from gramian.inspection.causes import ordered
 from gramian.inspection.causes.folding import following
-from gramian.inspection.measured import Measured
+from gramian.inspection.measurements import Measured
 from gramian.inspection.rules import find
 from gramian.report import Finding, Report
 

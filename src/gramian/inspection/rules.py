@@ -27,7 +27,7 @@ from gramian.report import SEVERITIES, Finding
 from gramian.site import Site
 
 if TYPE_CHECKING:
-    from gramian.inspection.measured import Measured
+    from gramian.inspection.measurements import Measured
 
 __all__ = ["RULES", "find"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gramian.alignment import labels_of
 from gramian.batch import main_input, mapped
 from gramian.errors import GramianError
-from gramian.inspection.experiments.replaying import Replay
+from gramian.inspection.experiments.replay import Replay
 from gramian.objective import as_objective
 from gramian.recording.hooks import hooks
 from gramian.recording.measuring import evaluating

@@ -4,7 +4,7 @@ Each rule takes a `Context`, which holds a few watched training steps, and yield
 `ordered` puts causes before what follows from them.
 """
 
-from gramian.inspection.causes.adapting import RULES as ADAPTING
+from gramian.inspection.causes.adapters import RULES as ADAPTING
 from gramian.inspection.causes.arguments import RULES as ARGUMENTS
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.data import RULES as DATA
@@ -14,28 +14,28 @@ from gramian.inspection.causes.freezing import RULES as FREEZING
 from gramian.inspection.causes.gates import RULES as GATES
 from gramian.inspection.causes.heads import RULES as HEADS
 from gramian.inspection.causes.inputs import RULES as INPUTS
-from gramian.inspection.causes.joined import RULES as JOINED
 from gramian.inspection.causes.labels import RULES as LABELS
 from gramian.inspection.causes.leaks import RULES as LEAKS
 from gramian.inspection.causes.likelihoods import RULES as LIKELIHOODS
 from gramian.inspection.causes.loss import RULES as LOSS
+from gramian.inspection.causes.loss_slopes import RULES as PROFILES
 from gramian.inspection.causes.masks import RULES as MASKS
+from gramian.inspection.causes.mismatched_rows import RULES as JOINED
 from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norm_sizes import RULES as NORM_SIZES
 from gramian.inspection.causes.norms import RULES as NORMS
+from gramian.inspection.causes.optimizer import RULES as STEPPING
 from gramian.inspection.causes.outputs import RULES as OUTPUTS
+from gramian.inspection.causes.own_losses import RULES as SUPERVISED
 from gramian.inspection.causes.pairs import RULES as PAIRS
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
 from gramian.inspection.causes.precision import RULES as PRECISION
-from gramian.inspection.causes.probed import RULES as PROBED
-from gramian.inspection.causes.profiles import RULES as PROFILES
-from gramian.inspection.causes.reach import RULES as REACH
 from gramian.inspection.causes.reshapes import RULES as RESHAPES
 from gramian.inspection.causes.routers import RULES as ROUTERS
 from gramian.inspection.causes.scale_free import RULES as SCALE_FREE
-from gramian.inspection.causes.stepping import RULES as STEPPING
-from gramian.inspection.causes.supervised import RULES as SUPERVISED
-from gramian.inspection.causes.zeroed import RULES as ZEROED
+from gramian.inspection.causes.small_changes import RULES as PROBED
+from gramian.inspection.causes.wiring import RULES as REACH
+from gramian.inspection.causes.zero_products import RULES as ZEROED
 
 __all__ = ["CAUSES", "Context", "ordered"]
 

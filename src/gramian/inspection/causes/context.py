@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gramian.block import Block, blocks
-from gramian.inspection.causes.fed import SHOWN, Fed
-from gramian.inspection.experiments.blocking import EQUAL
-from gramian.inspection.experiments.evaluated import Evaluated
-from gramian.inspection.experiments.leaking import Leak
-from gramian.inspection.experiments.opening import Opening
-from gramian.inspection.experiments.probing import Probes
-from gramian.inspection.experiments.stepping import Steps
-from gramian.inspection.experiments.zeroed import Zeroed
-from gramian.inspection.passes.losses import VALUES
-from gramian.inspection.passes.observed import Observed
+from gramian.inspection.causes.batch_tensors import SHOWN, Fed
+from gramian.inspection.experiments.blocked_inputs import EQUAL
+from gramian.inspection.experiments.evaluation_mode import Evaluated
+from gramian.inspection.experiments.opening_zeros import Opening
+from gramian.inspection.experiments.optimizer_steps import Steps
+from gramian.inspection.experiments.small_changes import Probes
+from gramian.inspection.experiments.target_leaks import Leak
+from gramian.inspection.experiments.zero_products import Zeroed
+from gramian.inspection.passes.loss_inputs import VALUES
 from gramian.inspection.passes.records import Activation, Call, Criterion
+from gramian.inspection.passes.step_records import Observed
 from gramian.report import Layer
 
 __all__ = ["ONE", "SHOWN", "Context"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from gramian.errors import some
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import DEPENDENCE, LEAST, POWER, labels_depend
-from gramian.inspection.passes.given import given_of
-from gramian.inspection.passes.losses import VALUES
+from gramian.inspection.passes.batch_roles import given_of
+from gramian.inspection.passes.loss_inputs import VALUES
 from gramian.report import Finding
 
 __all__ = ["RULES", "labels_in_range", "lost_labels", "rows_of"]

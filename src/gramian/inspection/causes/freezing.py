@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gramian.block import Block
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
-from gramian.inspection.experiments.by_design import is_factor
+from gramian.inspection.experiments.intended_zeros import is_factor
 from gramian.inspection.weights.trained import signs_of
 from gramian.report import Finding
 from gramian.report.model import plural

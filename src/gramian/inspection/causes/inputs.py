@@ -11,7 +11,7 @@ from torch import Tensor
 from gramian.batch import main_input
 from gramian.errors import GramianError
 from gramian.inspection.causes.context import Context
-from gramian.inspection.passes.given import Given, given_of, key
+from gramian.inspection.passes.batch_roles import Given, given_of, key
 from gramian.inspection.passes.moments import all_finite
 from gramian.inspection.passes.records import Raw
 from gramian.report import Finding, Severity

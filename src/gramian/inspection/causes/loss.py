@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gramian.inspection.causes.context import Context
-from gramian.inspection.passes.given import key
-from gramian.inspection.passes.losses import VALUES
+from gramian.inspection.passes.batch_roles import key
+from gramian.inspection.passes.loss_inputs import VALUES
 from gramian.report import Finding
 
 __all__ = ["RULES"]

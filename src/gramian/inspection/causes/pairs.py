@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from gramian.inspection.causes.context import Context
-from gramian.inspection.experiments.contrasting import Contrast
+from gramian.inspection.experiments.contrastive_losses import Contrast
 from gramian.report import Finding
 
 __all__ = ["RULES"]

@@ -10,7 +10,6 @@ from torch import Tensor
 from gramian.block import Block
 from gramian.errors import some
 from gramian.inspection.causes.context import ONE, SHOWN, Context
-from gramian.inspection.causes.growing import grows_from_zero
 from gramian.inspection.causes.sizes import (
     LARGEST,
     RATIO,
@@ -21,7 +20,8 @@ from gramian.inspection.causes.sizes import (
     sized_matrices,
     usual_size,
 )
-from gramian.inspection.experiments.by_design import is_factor
+from gramian.inspection.causes.zero_started import grows_from_zero
+from gramian.inspection.experiments.intended_zeros import is_factor
 from gramian.report import Action, Finding
 
 __all__ = ["RULES"]

@@ -11,7 +11,7 @@ from torch import nn
 
 from gramian.block import Block
 from gramian.inspection.causes.context import Context
-from gramian.inspection.experiments.by_design import is_factor
+from gramian.inspection.experiments.intended_zeros import is_factor
 from gramian.inspection.passes.moments import all_finite
 
 __all__ = [

@@ -18,7 +18,7 @@ from gramian.errors import CheckpointError, InputError, some
 from gramian.inspection.comparing.changes import change_between, rounding_floor
 from gramian.inspection.comparing.matching import Pairs, is_in_out, refuse_adapter
 from gramian.inspection.comparing.peft_format import PREFIX, Modules, config_of_adapter
-from gramian.inspection.experiments.by_design import is_factor, name_pattern
+from gramian.inspection.experiments.intended_zeros import is_factor, name_pattern
 from gramian.inspection.weights.quadrature import leading_vectors
 from gramian.layers.lookup import match_pattern
 from gramian.report.files import write_text

@@ -13,7 +13,7 @@ from gramian.checkpoint.formats import dtype_name
 from gramian.errors import some
 from gramian.inspection.comparing.changes import same_bits
 from gramian.inspection.comparing.matching import Pairs
-from gramian.inspection.experiments.by_design import is_product
+from gramian.inspection.experiments.intended_zeros import is_product
 from gramian.inspection.weights.entries import count_non_finite
 from gramian.inspection.weights.matrices import read_config
 from gramian.report import Action, Finding, Layer

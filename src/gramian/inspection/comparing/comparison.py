@@ -18,7 +18,7 @@ from gramian.errors import CheckpointError, some
 from gramian.inspection.comparing.changes import Change, change_between, rounding_floor
 from gramian.inspection.comparing.compared import Compared, find_differences
 from gramian.inspection.comparing.matching import Pairs
-from gramian.inspection.experiments.by_design import PRODUCT
+from gramian.inspection.experiments.intended_zeros import PRODUCT
 from gramian.inspection.weights.matrices import Holding
 from gramian.inspection.weights.matrix_rows import report_row
 from gramian.inspection.weights.quadrature import leading_vectors

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramian.checkpoint import Checkpoint, Entry
 from gramian.errors import CheckpointError
-from gramian.inspection.experiments.by_design import is_factor
+from gramian.inspection.experiments.intended_zeros import is_factor
 from gramian.inspection.weights.matrices import Holding, find_holdings
 from gramian.layers.lookup import match_pattern
 from gramian.report.model import plural

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from gramian.batch import main_input, mapped
-from gramian.inspection.experiments.replaying import Asked, are_equal, outputs_of
-from gramian.inspection.passes.given import given_of
-from gramian.inspection.passes.observed import Observed
+from gramian.inspection.experiments.replay import Asked, are_equal, outputs_of
+from gramian.inspection.passes.batch_roles import given_of
 from gramian.inspection.passes.records import Ends
+from gramian.inspection.passes.step_records import Observed
 
 __all__ = ["is_affine"]
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gramian.errors import InputError
-from gramian.inspection.measured import Measured
+from gramian.inspection.measurements import Measured
 from gramian.inspection.passes.signal import in_words
 from gramian.linalg import eigvalsh_top_ex
 from gramian.objective import Objective

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.inspection.experiments.asking import (
+from gramian.inspection.experiments.prerequisites import (
     along_rows,
     are_bounded,
     are_normalized,
@@ -19,7 +19,7 @@ from gramian.inspection.experiments.asking import (
     takes_only_outputs,
     uses_a_network,
 )
-from gramian.inspection.experiments.replaying import Asked, Replay
+from gramian.inspection.experiments.replay import Asked, Replay
 
 __all__ = ["OneWay", "Shortcut", "one_way", "shortcut"]
 

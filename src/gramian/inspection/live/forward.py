@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from gramian.batch import fields
 from gramian.calls import unwrapped, wrappings
-from gramian.inspection.passes.observed import Observed
-from gramian.inspection.passes.origin import Pass
+from gramian.inspection.passes.nonfinite_origin import Pass
 from gramian.inspection.passes.signal import in_words
-from gramian.inspection.passes.watching import Watcher
+from gramian.inspection.passes.step_records import Observed
+from gramian.inspection.passes.watched_pass import Watcher
 from gramian.placement import is_sharded
 from gramian.recording.taps import in_backward
 

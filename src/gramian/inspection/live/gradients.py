@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gramian.inspection.passes.origin import are_finite, values_of
+from gramian.inspection.passes.nonfinite_origin import are_finite, values_of
 
 __all__ = ["all_finite", "norms", "sampled"]
 

@@ -18,17 +18,17 @@ from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norm_sizes import RULES as NORM_SIZES
 from gramian.inspection.causes.norms import RULES as NORMS
 from gramian.inspection.causes.norms import SETTLED, norm_statistics
+from gramian.inspection.causes.optimizer import RULES as STEPPING
+from gramian.inspection.causes.optimizer import SLOW
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
-from gramian.inspection.causes.reach import numbers, shared, unreached
-from gramian.inspection.causes.stepping import RULES as STEPPING
-from gramian.inspection.causes.stepping import SLOW
-from gramian.inspection.experiments.stepping import Steps
+from gramian.inspection.causes.wiring import numbers, shared, unreached
+from gramian.inspection.experiments.optimizer_steps import Steps
 from gramian.inspection.live.clipping import LASTING
-from gramian.inspection.live.driven import SWOLLEN, Driven
 from gramian.inspection.live.gradients import norms, sampled
-from gramian.inspection.live.loop import Loop
-from gramian.inspection.passes.observed import Observed
+from gramian.inspection.live.loop_faults import Loop
+from gramian.inspection.live.rate_damage import SWOLLEN, Driven
 from gramian.inspection.passes.signal import in_words
+from gramian.inspection.passes.step_records import Observed
 from gramian.report import Finding
 
 __all__ = ["CODES", "Looker"]

@@ -14,7 +14,7 @@ from gramian.calls import as_model
 from gramian.errors import InputError
 from gramian.inspection.live.log import as_log
 from gramian.inspection.live.look import CODES
-from gramian.inspection.live.watched import Watch
+from gramian.inspection.live.watched_model import Watch
 from gramian.report import SEVERITIES, Finding
 
 __all__ = ["Watch", "watch"]

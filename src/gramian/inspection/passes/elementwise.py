@@ -17,7 +17,7 @@ from gramian.inspection.passes.gate_functions import (
     QUOTIENTS,
     REVERSED,
 )
-from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.step_records import Observed
 from gramian.recording.tracking import tensors_of
 
 __all__ = ["ElementWise"]

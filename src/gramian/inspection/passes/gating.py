@@ -24,9 +24,9 @@ from gramian.inspection.passes.gate_functions import (
     SELF_GATED,
     SUMS,
 )
-from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.parameter_sources import trace
 from gramian.inspection.passes.records import Gate
-from gramian.inspection.passes.sources import trace
+from gramian.inspection.passes.step_records import Observed
 
 __all__ = ["Gating"]
 

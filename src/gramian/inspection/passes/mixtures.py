@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.inspection.passes.gate_functions import ADDITIONS, PRODUCTS
-from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.step_records import Observed
 
 __all__ = ["Mixtures"]
 

@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramian.inspection.experiments.querying import OverQueries
+from gramian.inspection.experiments.softmax_over_queries import OverQueries
 from gramian.inspection.passes.attention import NUM_SAMPLES, attention_weights, entropy_and_masked, visible_keys
-from gramian.inspection.passes.dropping import DROPOUTS, share_dropped
+from gramian.inspection.passes.cosine_scores import Heads
+from gramian.inspection.passes.dropout import DROPOUTS, share_dropped
 from gramian.inspection.passes.elementwise import ElementWise
 from gramian.inspection.passes.gate_functions import ADDITIONS
 from gramian.inspection.passes.gating import Gating
-from gramian.inspection.passes.heads import Heads
 from gramian.inspection.passes.mixtures import Mixtures
 from gramian.inspection.passes.moments import as_moments, version
-from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.parameter_sources import trace
 from gramian.inspection.passes.records import Activation, Addition, Attention, Reduction, Visible
 from gramian.inspection.passes.routing import SOFTMAX, Routings
-from gramian.inspection.passes.sources import trace
+from gramian.inspection.passes.step_records import Observed
 
 __all__ = ["Operations"]
 

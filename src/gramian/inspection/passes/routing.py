@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.parameter_sources import trace
 from gramian.inspection.passes.records import Routing, Source
-from gramian.inspection.passes.sources import trace
+from gramian.inspection.passes.step_records import Observed
 
 __all__ = ["SOFTMAX", "Routings"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gramian.batch import mapped, num_samples, tensors
-from gramian.inspection.measured import Measured
+from gramian.inspection.measurements import Measured
 from gramian.objective import Objective
 from gramian.operators import NoJacobian, try_jacobian
 from gramian.operators.gains import try_gains

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gramian.checkpoint.formats import dtype_name
-from gramian.inspection.experiments.by_design import untrained_adapter
-from gramian.inspection.measured import Measured
+from gramian.inspection.experiments.intended_zeros import untrained_adapter
+from gramian.inspection.measurements import Measured
 from gramian.inspection.weights.entries import count_non_finite
 from gramian.inspection.weights.quick import describe_quickly
 from gramian.inspection.weights.spectra import Spectrum, describe

@@ -13,8 +13,8 @@ from torch import Tensor
 from gramian import placement
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.errors import some
-from gramian.inspection.experiments.by_design import PRODUCT
-from gramian.inspection.measured import Measured
+from gramian.inspection.experiments.intended_zeros import PRODUCT
+from gramian.inspection.measurements import Measured
 from gramian.inspection.weights.auxiliary import AUXILIARY
 from gramian.inspection.weights.convolution import conv_norm
 from gramian.inspection.weights.entries import Entries

@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from gramian import layers
 from gramian.block import Block, blocks
 from gramian.checkpoint.formats import is_plain
-from gramian.inspection.measured import Measured
+from gramian.inspection.measurements import Measured
 from gramian.inspection.weights.convolution import conv_norm_circular, conv_norms
 from gramian.inspection.weights.matrix_rows import (
     Tell,

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gramian.inspection.experiments.by_design import (
+from gramian.inspection.experiments.intended_zeros import (
     is_change,
     is_product,
     name_pattern,
@@ -23,7 +23,7 @@ from gramian.report import Action, Finding, Layer
 from gramian.report.model import plural
 
 if TYPE_CHECKING:
-    from gramian.inspection.measured import Measured
+    from gramian.inspection.measurements import Measured
 
 __all__ = ["RULES", "names_of", "non_finite_weights"]
 
