@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import gramian as gm
 from gramian.training import folder
-from gramian.training.direct import forget_gradients, step_of
+from gramian.training.bare_steps import forget_gradients, step_of
 
 # Width, layers and batch of a network; a step of the last takes about a fifth of a second.
 NETWORKS = {

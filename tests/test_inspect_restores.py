@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gramian as gm
-from gramian.recording.keeping import Kept
+from gramian.recording.kept_state import Kept
 
 
 def batches(num: int = 2) -> list[Any]:

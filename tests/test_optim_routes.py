@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.errors import GramianWarning, InputError
 from gramian.optim import SOAP, Muon, Shampoo
-from gramian.optim.untold import MOST_LEFT
+from gramian.optim.unknown_stacks import MOST_LEFT
 
 
 class Experts(nn.Module):

@@ -17,7 +17,7 @@ from gramian.optim import OPTIMIZERS
 from gramian.report import Action, Finding, Report
 from gramian.training import start
 from gramian.training.suggesting import suggested
-from gramian.training.usual import usual
+from gramian.training.usual_loss import usual
 from zoo import ZOO
 
 X = torch.randn(96, 6, generator=seeded(0))

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import gramian as gm
-from gramian.training.direct import forget_gradients, step_of
+from gramian.training.bare_steps import forget_gradients, step_of
 
 
 def test_what_torch_puts_around_a_step_is_left_out_only_while_nobody_is_there() -> None:

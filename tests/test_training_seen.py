@@ -12,7 +12,7 @@ from torch import nn
 
 import gramian as gm
 from cases import seeded
-from gramian.training.seen import samples_trained_on
+from gramian.training.samples_seen import samples_trained_on
 
 X = torch.randn(50, 3, generator=seeded(0))
 

@@ -30,7 +30,7 @@ from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree,
 from gramian.cli import Ending, main
 from gramian.errors import CheckpointError, GramianWarning, InputError, TaskError
 from gramian.tasks import load
-from gramian.training import folder, interrupts, room, slow, stream
+from gramian.training import checkpoint_memory, folder, interrupts, slow_steps, stream
 from runs import Stop, stopping, weights
 
 X = torch.randn(48, 6, generator=seeded(0))
@@ -316,11 +316,13 @@ def test_ctrl_c_whose_exception_was_lost_ends(tmp_path, request, where: str, out
 
 def test_the_memory_of_a_checkpoint_is_made_before_it_is_needed(tmp_path, monkeypatch) -> None:
     sizes, left = [], []
-    monkeypatch.setattr(room, "LEAST", 0)
+    monkeypatch.setattr(checkpoint_memory, "LEAST", 0)
     monkeypatch.setattr(folder, "LARGEST_SHARE", float("inf"))
-    monkeypatch.setattr(room.Room, "_touch", lambda self, size: (sizes.append(size), self._enough.wait(60)))
-    keep = room.Room.leave
-    monkeypatch.setattr(room.Room, "leave", lambda self: (left.append(keep(self)), self)[1])
+    monkeypatch.setattr(
+        checkpoint_memory.Room, "_touch", lambda self, size: (sizes.append(size), self._enough.wait(60))
+    )
+    keep = checkpoint_memory.Room.leave
+    monkeypatch.setattr(checkpoint_memory.Room, "leave", lambda self: (left.append(keep(self)), self)[1])
     with suppress(Stop):
         gm.train(task(), steps=9, optimizer="adamw", out=tmp_path, on_step=stopping(6), ema=0.9)
     tensors, _ = load_tensors(tmp_path / "checkpoint.safetensors")
@@ -328,7 +330,7 @@ def test_the_memory_of_a_checkpoint_is_made_before_it_is_needed(tmp_path, monkey
     assert sizes == [sum(tensors[name].nbytes for name in parts)]  # once, after the first step
     assert left  # the checkpoint did not wait for the rest of it
     with ThreadPoolExecutor(1) as thread:
-        begun = room.Room(thread)
+        begun = checkpoint_memory.Room(thread)
         begun._enough.set()
         begun.make(2**60)  # nobody has so much
         begun.leave()
@@ -339,7 +341,7 @@ def test_what_goes_on_for_long_is_told(monkeypatch) -> None:
     few = "accumulate is 4, more than the batches of an epoch, 3; the steps of the run: 2"
     with pytest.warns(GramianWarning, match=few):
         gm.train(task(), epochs=2, accumulate=4, optimizer="adamw")
-    monkeypatch.setattr(slow, "SILENCE", 0.0)
+    monkeypatch.setattr(slow_steps, "SILENCE", 0.0)
     monkeypatch.setattr(stream, "MOST_BATCHES", 5)
     endless = replace(task(), train_batches=lambda epoch, generator: itertools.repeat((X[:8], Y[:8])))
     with (

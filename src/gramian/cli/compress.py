@@ -105,7 +105,7 @@ def command(
     from gramian.compression.choosing.making import plan_for
     from gramian.compression.choosing.target import Target
     from gramian.placement import agreed
-    from gramian.training.seen import samples_trained_on
+    from gramian.training.samples_seen import samples_trained_on
 
     if memory is not None:
         others = [task, max_drop, speedup, size, bits, sparsity, plan, metric or None, direction, narrow or None]

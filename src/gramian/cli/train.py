@@ -243,7 +243,7 @@ def _naming_the_lost() -> Iterator[None]:
     if num_ranks() < 2:
         yield
         return
-    from gramian.training.lost import naming_the_lost
+    from gramian.training.lost_ranks import naming_the_lost
 
     with naming_the_lost():
         yield

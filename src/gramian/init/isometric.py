@@ -21,7 +21,7 @@ from gramian.inspection.weights.trained import signs_of, told
 from gramian.layers import operation_of
 from gramian.objective import Objective
 from gramian.recording import measuring
-from gramian.recording.failing import naming_the_layer
+from gramian.recording.forward_failures import naming_the_layer
 
 __all__ = ["isometric_"]
 

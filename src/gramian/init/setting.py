@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gramian import random
 from gramian.init.gains import CriticalPoint, critical_point, point_of
 from gramian.init.kernels import isometry
-from gramian.init.measured import STEP, interpolated, measured_activations
+from gramian.init.measured_activations import STEP, interpolated, measured_activations
 from gramian.init.paths import batch_statistics, hooked
 from gramian.init.reached import CURE, MOST_CHANGE, changes
 from gramian.init.weights import BYPASSED, PARAMETRIZED, Weights

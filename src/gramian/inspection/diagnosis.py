@@ -45,8 +45,8 @@ from gramian.inspection.weights.of_files import measure_file
 from gramian.inspection.weights.of_model import measure_model
 from gramian.loader import Batches, as_batches, first_few, is_in_memory, with_samples
 from gramian.objective import Objective, as_objective
-from gramian.recording.keeping import keeping
 from gramian.recording.kept_batches import KeptBatches
+from gramian.recording.kept_state import keeping
 from gramian.recording.measuring import batch_statistics
 from gramian.report import Finding, Report
 from gramian.seeding import kept_random

@@ -14,7 +14,7 @@ from gramian.inspection.passes.step_failures import steps_run
 from gramian.inspection.passes.step_records import Observed
 from gramian.inspection.passes.watched_steps import observe, observe_left
 from gramian.objective import Objective
-from gramian.recording.failing import check_runs
+from gramian.recording.forward_failures import check_runs
 
 __all__ = ["FAILING", "STEPS", "observe_steps"]
 

@@ -18,7 +18,7 @@ from gramian.inspection.causes.wiring import numbers
 from gramian.inspection.experiments.replaced_weights import DIVERGES, first_lost_step, forgetful, renew
 from gramian.inspection.passes.watched_steps import observe
 from gramian.objective import Objective
-from gramian.recording.keeping import keeping
+from gramian.recording.kept_state import keeping
 from gramian.report import Finding
 
 __all__ = ["find_loss_of_weights", "lost_in_steps"]

@@ -17,7 +17,7 @@ from gramian.objective import Objective, as_objective
 from gramian.optim.learning_rate import LearningRate
 from gramian.optim.proximal import Proximal
 from gramian.optim.shell import MatrixOptimizer
-from gramian.recording.failing import naming_the_layer
+from gramian.recording.forward_failures import naming_the_layer
 
 __all__ = ["JUDGES", "NUM_STEPS", "Make", "NoRateError", "Rehearsals", "kept"]
 

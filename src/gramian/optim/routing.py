@@ -17,7 +17,7 @@ from gramian.errors import GramianWarning, InputError
 from gramian.layers.listed import look_up_listed
 from gramian.layers.roles import Role
 from gramian.optim.route import Direction, Group, Route
-from gramian.optim.untold import OPEN, how_to_tell, possible_layouts, warn_of_matrices_left
+from gramian.optim.unknown_stacks import OPEN, how_to_tell, possible_layouts, warn_of_matrices_left
 
 __all__ = ["plain_layout", "route_groups", "routes_of_model"]
 

@@ -13,7 +13,7 @@ from gramian.calls import as_model, prepared
 from gramian.errors import InputError
 from gramian.loader import as_batches, is_one_batch, looks_like_one, no_batches
 from gramian.objective import Objective
-from gramian.optim.given import EXAMPLE, given
+from gramian.optim.given_optimizer import EXAMPLE, given
 from gramian.optim.learning_rate import LearningRate
 from gramian.optim.rehearsals import JUDGES, NUM_STEPS, Make, Rehearsals, kept
 from gramian.recording.measuring import eager

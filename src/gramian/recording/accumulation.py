@@ -10,7 +10,7 @@ from torch import Tensor
 from gramian.errors import ShapeError
 from gramian.gram import At, DiagonalGram, Gram, Sums, sums
 from gramian.recording.form import Form
-from gramian.recording.sides import Side
+from gramian.recording.layout_sides import Side
 from gramian.recording.taps import Pass, in_backward
 from gramian.site import Site
 

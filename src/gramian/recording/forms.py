@@ -2,7 +2,8 @@
 
 A row names the function's arguments and the reader of its calls (`products.py`, `lookups.py`, `convolutions.py`). A
 reader gives a `Form`: which rows enter the weight's matrix, which rows of the output's gradient belong to them, and
-along which dimensions of the weight each runs. It knows nothing of blocks: `sides.py` matches it to a layout's axes.
+along which dimensions of the weight each runs. It knows nothing of blocks: `layout_sides.py` matches it to a
+layout's axes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gramian.batch import mapped
-from gramian.recording.keeping import Kept
+from gramian.recording.kept_state import Kept
 
 __all__ = ["KeptBatches"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.recording.keeping import own_gradients
+from gramian.recording.kept_state import own_gradients
 from gramian.seeding import kept_random
 
 __all__ = ["batch_statistics", "by_modules", "eager", "evaluating", "measuring", "training"]

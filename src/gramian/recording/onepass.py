@@ -17,7 +17,7 @@ from gramian.errors import DtypeError
 from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Fisher, Objective, as_objective
 from gramian.recording.collective import collective_of
-from gramian.recording.failing import naming_the_layer
+from gramian.recording.forward_failures import naming_the_layer
 from gramian.recording.measuring import measuring
 from gramian.recording.recorder import MAX_DIM, Recorder
 from gramian.recording.taps import Pass

@@ -20,9 +20,9 @@ from gramian.block import Block, Blocks
 from gramian.layers.lookup import is_lazy
 from gramian.recording.accumulation import Accumulator
 from gramian.recording.forms import Form, read
-from gramian.recording.joined import uses_of_parts
+from gramian.recording.joined_weights import uses_of_parts
+from gramian.recording.layout_sides import BlockView, Side, sides_of
 from gramian.recording.padding import Padding
-from gramian.recording.sides import BlockView, Side, sides_of
 from gramian.recording.stacks import uses_of
 from gramian.recording.taps import Pass, in_backward, in_vmap, tapped
 from gramian.recording.tracking import Tracker, acts_by_rows, name_of, tensors_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gramian.recording.form import Form
-from gramian.recording.sides import BlockView
+from gramian.recording.layout_sides import BlockView
 
 __all__ = ["uses_of"]
 

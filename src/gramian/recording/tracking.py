@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.block import Block, Blocks
-from gramian.recording.joined import JOINS, Joined, joined, of_view
-from gramian.recording.sides import BlockView, view_of
+from gramian.recording.joined_weights import JOINS, Joined, joined, of_view
+from gramian.recording.layout_sides import BlockView, view_of
 
 __all__ = ["Held", "Tracker", "acts_by_rows", "name_of", "tensors_of"]
 

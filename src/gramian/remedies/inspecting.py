@@ -21,7 +21,7 @@ from gramian.loader import Batches, as_batches, first_few, is_in_memory, no_batc
 from gramian.misuse import known_names
 from gramian.objective import Objective, as_objective
 from gramian.placement import is_distributed
-from gramian.recording.keeping import keeping
+from gramian.recording.kept_state import keeping
 from gramian.remedies.fitting import fitted
 from gramian.remedies.performing import Setting
 from gramian.remedies.verifying import verified

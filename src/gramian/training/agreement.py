@@ -25,7 +25,7 @@ from gramian.errors import GramianError, TaskError, UnsupportedError, plain
 from gramian.objective import Objective
 from gramian.placement.ranks import carrier, error_of_rank, raise_together
 from gramian.recording import evaluating
-from gramian.training.lost import failed_collective
+from gramian.training.lost_ranks import failed_collective
 from gramian.training.stream import checksum
 
 __all__ = [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gramian.batch import mapped
 from gramian.errors import UnsupportedError
-from gramian.training import values
+from gramian.training import argument_errors
 
 __all__ = ["AUGMENTATIONS", "augmented", "check", "mixed"]
 
@@ -91,10 +91,10 @@ def _generator(seed: tuple[int, ...]) -> torch.Generator:
 def check(strengths: Mapping[str, float]) -> None:
     """Raise `InputError` for an unknown name or a strength out of its range."""
     for name, strength in strengths.items():
-        values.one_of("augment", name, (*AUGMENTATIONS, MIXUP))
+        argument_errors.one_of("augment", name, (*AUGMENTATIONS, MIXUP))
         largest = AUGMENTATIONS[name][1] if name != MIXUP else math.inf
         wanted = f"between 0 and {largest:g}" if math.isfinite(largest) else "zero or a positive number"
-        values.check(f"augment {name}", strength, partial(_is_strength, largest=largest), wanted)
+        argument_errors.check(f"augment {name}", strength, partial(_is_strength, largest=largest), wanted)
 
 
 def _is_strength(value: float, largest: float) -> bool:

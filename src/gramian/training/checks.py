@@ -17,12 +17,12 @@ from gramian.checkpoint.names import as_path
 from gramian.checkpoint.trees import pack_tree
 from gramian.errors import GramianWarning, InputError, TaskError, UnsupportedError, plain, some
 from gramian.recording import evaluating
+from gramian.training.argument_errors import check
 from gramian.training.augmentation import augmented, mixed
 from gramian.training.optimizers import Choice
 from gramian.training.options import Options, best_row
 from gramian.training.randomness import restore_python, state_of_python
 from gramian.training.task import Task, calling, named
-from gramian.training.values import check
 
 __all__ = [
     "check_best",

@@ -17,7 +17,7 @@ from gramian.training.folder import MODEL
 from gramian.training.page import receded, untuned
 from gramian.training.start import leaves_error
 from gramian.training.task import Run
-from gramian.training.watched import told
+from gramian.training.watched_run import told
 
 __all__ = ["Watched", "show", "show_comparison"]
 

@@ -22,9 +22,9 @@ from gramian.checkpoint.folders import CHECKPOINT
 from gramian.checkpoint.trees import TREE, pack_tree
 from gramian.errors import CheckpointError, GramianWarning, InputError
 from gramian.report import write_text
+from gramian.training.checkpoint_memory import Room
 from gramian.training.lock import locked
-from gramian.training.owned import Owned
-from gramian.training.room import Room
+from gramian.training.own_files import Owned
 
 __all__ = ["CHECKPOINT", "FORMAT", "METRICS", "MODEL", "PREVIOUS", "Folder", "holds_finished", "read"]
 

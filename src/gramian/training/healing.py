@@ -22,7 +22,7 @@ from gramian.errors import InputError
 from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.recording import evaluating
-from gramian.recording.failing import naming_the_layer
+from gramian.recording.forward_failures import naming_the_layer
 from gramian.rows import Rows
 from gramian.training.loop import train
 from gramian.training.task import Run, Task

@@ -16,14 +16,15 @@ from torch import nn
 from gramian import placement
 from gramian.errors import GramianWarning, InputError
 from gramian.objective import as_objective
-from gramian.optim.given import given
+from gramian.optim.given_optimizer import given
 from gramian.report import Report
 from gramian.seeding import seeded
 from gramian.training import agreement, page, start
+from gramian.training.argument_errors import check, is_whole
 from gramian.training.checks import check_best, check_inputs, check_model, check_path, check_state, identity_of
 from gramian.training.folder import Folder, read
 from gramian.training.interrupts import Interrupts, noticing
-from gramian.training.lost import naming_the_lost
+from gramian.training.lost_ranks import naming_the_lost
 from gramian.training.optimizers import choose, rate_from
 from gramian.training.options import Options
 from gramian.training.running import NONFINITE_STEPS, Loop
@@ -33,8 +34,7 @@ from gramian.training.slices import check_slices
 from gramian.training.stream import Stream
 from gramian.training.suggesting import AUTO, rounded, suggested
 from gramian.training.task import Run, Task, as_task, calling
-from gramian.training.values import check, is_whole
-from gramian.training.watched import watched
+from gramian.training.watched_run import watched
 
 __all__ = ["train"]
 

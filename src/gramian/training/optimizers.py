@@ -13,14 +13,14 @@ from torch import nn
 
 from gramian.block import blocks
 from gramian.errors import GramianWarning, InputError, TaskError
-from gramian.optim.given import given
+from gramian.optim.given_optimizer import given
 from gramian.optim.proximal import Proximal
 from gramian.optim.registry import OPTIMIZERS
 from gramian.optim.scaling import for_short_run
 from gramian.optim.shell import MatrixOptimizer
 from gramian.prox import Penalty
+from gramian.training.argument_errors import check
 from gramian.training.options import Options, penalty
-from gramian.training.values import check
 
 __all__ = ["Choice", "choose", "rate_from", "skips_itself"]
 

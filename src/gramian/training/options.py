@@ -11,9 +11,9 @@ import torch
 
 from gramian.errors import InputError
 from gramian.prox import L1, L2, ElasticNet, Nuclear, Orthogonal, Penalty, SpectralNorm
+from gramian.training.argument_errors import check, is_whole, one_of
 from gramian.training.augmentation import check as check_augmentation
 from gramian.training.schedule import SCHEDULES, WARMUP_STEPS
-from gramian.training.values import check, is_whole, one_of
 
 __all__ = ["PENALTIES", "PRECISIONS", "Options", "best_row", "penalty"]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gramian.errors import InputError, plain
+from gramian.training.argument_errors import check, is_whole
 from gramian.training.task import Run
-from gramian.training.values import check, is_whole
 
 __all__ = ["NUM_EVALUATIONS", "SCHEDULES", "WARMUP_STEPS", "Schedule", "as_budget", "check_warmup"]
 

@@ -16,8 +16,8 @@ from gramian.inspection import inspect
 from gramian.objective import Objective
 from gramian.recording.measuring import training
 from gramian.report import Finding
+from gramian.training.argument_errors import one_of
 from gramian.training.task import Task, calling
-from gramian.training.values import one_of
 
 __all__ = ["INITS", "INIT_OF_ACTION", "initialize", "leaves_error"]
 

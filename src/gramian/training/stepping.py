@@ -19,16 +19,16 @@ from gramian.objective import Objective
 from gramian.seeding import kept_random
 from gramian.training import agreement
 from gramian.training.augmentation import augmented, mixed
-from gramian.training.direct import forget_gradients, step_of
+from gramian.training.bare_steps import forget_gradients, step_of
 from gramian.training.optimizers import skips_itself
 from gramian.training.options import PRECISIONS, Options
 from gramian.training.scaling import LossScale
 from gramian.training.sharding import is_divided
 from gramian.training.slices import Slices, clip_
-from gramian.training.slow import Slow
+from gramian.training.slow_steps import Slow
 from gramian.training.stream import Stream
 from gramian.training.task import Task, calling, named
-from gramian.training.usual import usual
+from gramian.training.usual_loss import usual
 
 __all__ = ["Stepper"]
 

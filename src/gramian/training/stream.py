@@ -13,7 +13,7 @@ from torch import Tensor
 from gramian.batch import fields
 from gramian.errors import GramianWarning, TaskError
 from gramian.training.randomness import Own, as_plain, restore_python, state_of_python
-from gramian.training.slow import Slow
+from gramian.training.slow_steps import Slow
 from gramian.training.task import Task, calling, named
 
 __all__ = ["Stream"]

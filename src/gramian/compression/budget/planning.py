@@ -33,7 +33,7 @@ from gramian.compression.storage.plans import packed, unpacked
 from gramian.errors import GramianWarning, InputError
 from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
-from gramian.recording.failing import naming_the_layer
+from gramian.recording.forward_failures import naming_the_layer
 from gramian.statistics import Statistics
 
 __all__ = ["by_default", "compress", "judged", "nothing"]

@@ -14,7 +14,7 @@ from gramian.calls import prepared
 from gramian.compression.budget.optimism import Kept
 from gramian.compression.calibration.measure import Measure
 from gramian.recording import evaluating
-from gramian.recording.failing import naming_the_layer
+from gramian.recording.forward_failures import naming_the_layer
 
 __all__ = ["Point", "losses_of", "measured_points"]
 

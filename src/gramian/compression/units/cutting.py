@@ -16,7 +16,7 @@ from gramian.compression.layers.modules import clean_module_name, copied, submod
 from gramian.compression.storage.slicing import FEATURES, sliced_
 from gramian.compression.units.attention_heads import rows_of_heads
 from gramian.compression.units.flow import Units
-from gramian.compression.units.watching import is_elementwise, is_near
+from gramian.compression.units.zeroed_runs import is_elementwise, is_near
 from gramian.layers import layer_of, layout_of
 from gramian.recording import evaluating
 

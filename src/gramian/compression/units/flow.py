@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gramian.block import Block
 from gramian.compression.layers.modules import clean_module_name
-from gramian.compression.units.watching import Watch, channel_dim, is_elementwise
+from gramian.compression.units.zeroed_runs import Watch, channel_dim, is_elementwise
 from gramian.layers import layout_of
 from gramian.recording import evaluating
 

@@ -31,7 +31,7 @@ from gramian.compression.units.cutting import numbers_for
 from gramian.compression.units.elimination import Elimination, eliminated
 from gramian.compression.units.flow import Units, find_units
 from gramian.compression.units.narrow_plan import Narrowed, NarrowPlan
-from gramian.compression.units.watching import is_elementwise
+from gramian.compression.units.zeroed_runs import is_elementwise
 from gramian.errors import GramianWarning, InputError
 from gramian.layers import operation_of
 from gramian.loader import Batches
