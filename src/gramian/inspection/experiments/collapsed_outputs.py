@@ -81,12 +81,13 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
     if not size > 0:
         return None
     generator = torch.Generator().manual_seed(0)
-
     sphere = Sphere.of(outputs)
 
     def draw(shape: torch.Size, like: Tensor) -> Tensor:
         return sphere.put(torch.randn(shape, generator=generator).to(like) * size)
 
+    if any(_counts(replay, i, draw(outputs[i].shape, outputs[i])) for i in replay.stopped):
+        return None
     slopes: list[float] = []
     for by in LARGER if sphere.radius is None else LARGER[:1]:  # a margin may hide small ones
         gradients = sphere.slopes(replay, [draw(t.shape, t) * by for t in outputs])
@@ -180,6 +181,8 @@ def unlike_pairs(asked: Asked) -> Pairs | None:
         changed = mapped(batch, lambda t: left if t is a else right if t is b else t)
         return loss_of(asked.model, changed, asked.objective)
 
+    if loss(a, b) != here:  # it changes by itself, as with a running mean of its own
+        return None
     with_a, with_b = loss(a, a), loss(b, b)
     least = here + RISES * abs(here)
     return Pairs((names[0], names[1]), here, with_a, with_b) if min(with_a, with_b) > least else None

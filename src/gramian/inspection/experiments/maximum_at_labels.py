@@ -71,9 +71,33 @@ def at_labels(asked: Asked) -> Peak | None:
                 return Peak("added", one.name, replay.here, found)
         for i, columns in _places(replay.outputs, t):
             found = _highest(replay, i, columns, t)
-            if found is not None:
+            if found is not None and _is_compared(replay, t) and not _is_for_a_reward(replay, i, columns, t):
                 return Peak("highest", one.name, *found)
     return None
+
+
+def _is_compared(replay: Replay, t: Tensor) -> bool:
+    """Whether the loss takes a tensor beside what the model makes of it; false of a loss that changes by itself."""
+    if float(replay.loss(replay.outputs).detach()) != replay.here:
+        return False
+    batches = (mapped(replay.batch, lambda v, new=new: new if v is t else v) for new in others(t))
+    return any(float(replay.loss(replay.outputs, b).detach()) != replay.here for b in batches)
+
+
+def _is_for_a_reward(replay: Replay, i: int, columns: tuple[int, ...], t: Tensor) -> bool:
+    """Whether a number of each sample decides if its output is to come near the label, as an advantage does.
+
+    Then outputs of the samples with the largest, or the least, of these numbers do not lower the loss as they leave
+    their labels.
+    """
+    for one in given_of([replay.batch], set(), set()):
+        r = one.values[0]
+        if r is t or not r.is_floating_point() or r.numel() != len(t) or not float(r.min()) < float(r.max()):
+            continue
+        above = r.flatten() > r.median()
+        if any(_highest(replay, i, columns, t, rows) is None for rows in (above, ~above)):
+            return True
+    return False
 
 
 def _is_linear(replay: Replay) -> bool:
@@ -116,8 +140,10 @@ def _places(outputs: list[Tensor], t: Tensor) -> Iterator[tuple[int, tuple[int, 
                 yield from ((i, (c,)) for c in range(outputs[i].shape[1]))
 
 
-def _highest(replay: Replay, i: int, columns: tuple[int, ...], t: Tensor) -> tuple[float, float] | None:
-    """The loss with labels in place of an output, and the highest beside that, where it falls all around."""
+def _highest(
+    replay: Replay, i: int, columns: tuple[int, ...], t: Tensor, rows: Tensor | None = None
+) -> tuple[float, float] | None:
+    """The loss with labels in place of an output, and the highest beside it, where it falls as these rows leave."""
     out = replay.outputs[i]
     generator = torch.Generator().manual_seed(0)
     size = float(t.double().std()) or 1.0
@@ -134,6 +160,8 @@ def _highest(replay: Replay, i: int, columns: tuple[int, ...], t: Tensor) -> tup
     for far in reversed(DISTANCES):
         for _ in range(DRAWS):
             noise = torch.randn(t.shape, generator=generator).to(t) * (far * size)
+            if rows is not None:
+                noise[~rows] = 0.0
             for values in (t + noise, t - noise):
                 beside.append(at(values))
                 if not beside[-1] < here:
