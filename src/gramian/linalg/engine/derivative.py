@@ -20,7 +20,7 @@ from gramian.errors import UnsupportedError
 from gramian.linalg.certificate import Certificate
 from gramian.linalg.engine.precision import in_full_precision
 from gramian.linalg.engine.spectrum import Spectrum, keeping, unknown
-from gramian.linalg.engine.staged import STAGED, Place, Staged, abstract, bound, call, encodable, encoded, flat, shaped
+from gramian.linalg.engine.staged import STAGED, Place, Staged, abstract, bound, call, encodable, encoded, flat, shaped, specialized
 from gramian.linalg.engine.symmetric_products import with_transpose
 from gramian.linalg.engine.transforms import forward_levels, transforming, with_plain
 
@@ -258,7 +258,7 @@ def differentiable(
             arguments = {**defaults, **dict(zip(parameters, args, strict=False)), **kwargs}
             places = tuple(place for name in dims for place in _places(name, arguments[name]))
             names = {name for name, _ in places}
-            static = {key: value for key, value in arguments.items() if key not in names}
+            static = {key: specialized(value) for key, value in arguments.items() if key not in names}
             if not places or not encodable(static):
                 return eager(*args, **kwargs)
             out = call(encoded(name, static, places), [_at(arguments, place) for place in places])

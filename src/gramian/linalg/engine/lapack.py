@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gramian.linalg.engine.scaling import exponent_of, scale
+
 LinAlgError: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009  torch's stub does not declare it
 
 
@@ -58,15 +60,31 @@ def small_eigvalsh(x: Tensor) -> Tensor:
 
 
 def eig(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Complex eigenvalues (B, n), eigenvectors (B, n, n), and for which matrices LAPACK converged (B,)."""
-    (w, v), ok = _each(lambda y: tuple(torch.linalg.eig(y)), x)
-    return w, v, ok
+    """Complex eigenvalues (B, n), eigenvectors (B, n, n), and for which float64 matrices LAPACK converged (B,)."""
+    y, exponent = _near_one(x)
+    (w, v), ok = _each(lambda y: tuple(torch.linalg.eig(y)), y)
+    return _restored(w, exponent), v, ok
 
 
 def eigvals(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Complex eigenvalues (B, n) of any matrix, and for which LAPACK converged (B,)."""
-    (w,), ok = _each(lambda y: (torch.linalg.eigvals(y),), x)
-    return w, ok
+    """Complex eigenvalues (B, n) of any float64 matrices, and for which LAPACK converged (B,)."""
+    y, exponent = _near_one(x)
+    (w,), ok = _each(lambda y: (torch.linalg.eigvals(y),), y)
+    return _restored(w, exponent), ok
+
+
+def _near_one(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices with a largest entry near 1, and the powers of two that restore them.
+
+    MKL's `geev` scales entries below 1e-138 itself, and then fails to converge on some singular matrices (x xᵀ of
+    side 7 at 1e-150) and writes beyond its memory, which ends the process.
+    """
+    exponent = exponent_of(x)
+    return scale(x, -exponent), exponent
+
+
+def _restored(w: Tensor, exponent: Tensor) -> Tensor:
+    return torch.view_as_complex(scale(torch.view_as_real(w), exponent).contiguous())
 
 
 def eigvalsh(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,18 @@ def shaped(staged: Staged, arguments: Mapping[str, Any], operands: Sequence[Tens
     return value, Certificate(*tensors, methods=staged.methods)
 
 
+def specialized(value: Any) -> Any:
+    """A number that a graph with dynamic shapes takes for a symbol, as it is in this call; anything else unchanged.
+
+    The graph then holds for this number alone.
+    """
+    if not isinstance(value, int | float):
+        return value
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # loaded already where a graph is compiled
+
+    return guard_scalar(value)
+
+
 def encoded(name: str, static: Mapping[str, Any], places: Sequence[Place]) -> str:
     """A call without its tensors as text, which an operator of a graph can take."""
     plain = {k: ("dtype", str(v)) if isinstance(v, torch.dtype) else v for k, v in static.items()}
