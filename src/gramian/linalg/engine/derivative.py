@@ -136,7 +136,7 @@ class _Node(torch.autograd.Function):
             found: Given = tuple(torch.empty_like(v) for v in values)
         else:
             arguments = {**ctx.call.bind(operands), **spectrum}
-            found = ctx.call.rule.jvp(arguments, values, ctx.call.named(tangents[1:]))
+            found = in_full_precision(ctx.call.rule.jvp)(arguments, values, ctx.call.named(tangents[1:]))
         # Forward mode wants values and tangents of one layout.
         given = (t if t is None else t.to(v.dtype).contiguous() for t, v in zip(found, values, strict=True))
         return (*given, *(None for _ in range(len(Certificate.fields()) + (2 if spectrum else 0))))

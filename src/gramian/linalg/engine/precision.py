@@ -1,4 +1,4 @@
-"""Float32 products and convolutions in float32, whatever torch was told about their precision.
+"""Float32 products and convolutions in float32, whatever torch was told about their precision, and under autocast.
 
 After `torch.set_float32_matmul_precision("medium")`, or "high" on a GPU, torch multiplies float32 matrices in bfloat16
 or TensorFloat-32, where the processor has units for it; convolutions have settings of their own, on an Nvidia GPU
@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -71,6 +71,13 @@ def without_autocast(kind: str) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+@cache
+def _accelerator() -> str:
+    """The kind of device beside the processor, "cpu" where there is none."""
+    found = torch.accelerator.current_accelerator()
+    return "cpu" if found is None else found.type
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Like `full_products`, where a model is run to measure it: convolutions and recurrence are not narrowed either."""
@@ -79,11 +86,11 @@ def full_precision() -> Iterator[None]:
 
 
 def in_full_precision(function: Callable[Arguments, Found]) -> Callable[Arguments, Found]:
-    """The function, called within `full_products`."""
+    """The function, called within `full_products` and without autocast."""
 
     @wraps(function)
     def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Found:
-        with full_products():
+        with full_products(), without_autocast("cpu"), without_autocast(_accelerator()):
             return function(*args, **kwargs)
 
     return wrapper
