@@ -17,7 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.errors import DtypeError, InputError, ShapeError
+from gramian.linalg.certificate import Certificate, uncertified
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.derivative import differentiable
+from gramian.linalg.engine.precision import without_autocast
+from gramian.linalg.singular_derivatives import of_spectrum
 
 __all__ = ["L1", "L2", "PROX", "ElasticNet", "Nuclear", "Orthogonal", "Penalty", "SpectralNorm"]
 
@@ -222,7 +226,7 @@ class Nuclear(Penalty):
             w: the weights.
             step: t ≥ 0, the learning rate.
         """
-        return _on_spectrum(self, w, step, lambda s: (s - step * self.strength).clamp_min(0))
+        return _on_spectrum(self, w, step, "less", step * self.strength)
 
 
 @dataclass(frozen=True)
@@ -262,7 +266,7 @@ class SpectralNorm(Penalty):
             w: the weights.
             step: t ≥ 0, the learning rate.
         """
-        return _on_spectrum(self, w, step, lambda s: s.clamp_max(self.bound))
+        return _on_spectrum(self, w, step, "at_most", self.bound)
 
 
 @dataclass(frozen=True)
@@ -294,7 +298,9 @@ class Orthogonal(Penalty):
         _check(self, w, 0.0)
         tall = _wide(w if w.shape[-2] >= w.shape[-1] else w.mT)
         eye = torch.eye(tall.shape[-1], dtype=tall.dtype, device=w.device)
-        return self.strength / 4 * (tall.mT @ tall - eye).square().sum((-2, -1))
+        # Near an orthogonal matrix the rounding of a product in bfloat16 is larger than the distance.
+        with without_autocast(w.device.type):
+            return self.strength / 4 * (tall.mT @ tall - eye).square().sum((-2, -1))
 
     def prox(self, w: Float[Tensor, "*b m n"], step: float) -> Float[Tensor, "*b m n"]:
         """The proximal map of `w` with step t.
@@ -303,7 +309,7 @@ class Orthogonal(Penalty):
             w: the weights.
             step: t ≥ 0, the learning rate.
         """
-        return _on_spectrum(self, w, step, lambda s: _cubic(s, step * self.strength))
+        return _on_spectrum(self, w, step, "cubic", step * self.strength)
 
 
 PROX: dict[str, Callable[..., Penalty]] = {
@@ -333,16 +339,10 @@ def _wide(w: Tensor) -> Tensor:
     return w.to(torch.promote_types(w.dtype, torch.float32))
 
 
-def _on_spectrum(penalty: Penalty, w: Tensor, step: float, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """U change(σ) Vᵀ of every matrix: the minimizer for a penalty of the singular values alone (Lewis 1995)."""
+def _on_spectrum(penalty: Penalty, w: Tensor, step: float, change: str, by: float) -> Tensor:
+    """U η(σ) Vᵀ of every matrix: the minimizer for a penalty of the singular values alone (Lewis 1995)."""
     _check(penalty, w, step)
-    if not w.numel():
-        return w.clone()
-    x = w.detach().to(torch.float64).reshape(-1, *w.shape[-2:])
-    finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    u, s, v, ok = lapack.svd(torch.where(finite, x, 0.0))
-    value = (u * change(s)[:, None, :]) @ v.mT
-    return torch.where(finite & ok[:, None, None], value, math.nan).reshape(w.shape).to(w.dtype)
+    return _prox_ex(w, change, by)[0] if w.numel() else w.clone()
 
 
 def _cubic(sigma: Tensor, c: float) -> Tensor:
@@ -352,3 +352,26 @@ def _cubic(sigma: Tensor, c: float) -> Tensor:
         slope = 3 * c * s.square() + (1 - c)
         s = s - torch.where(slope > 0, (c * s**3 + (1 - c) * s - sigma) / slope, 0.0)
     return s.clamp_min(0)
+
+
+CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "less": lambda s, by: (s - by).clamp_min(0),
+    "at_most": lambda s, by: s.clamp_max(by),
+    "cubic": _cubic,
+}
+"""What becomes of the singular values."""
+
+
+@differentiable(
+    of_spectrum(lambda s, change, by: CHANGES[change](s, by)),
+    shapes=lambda a, **_: torch.empty_like(a),
+    methods=("svd",),
+    a=2,
+)
+def _prox_ex(a: Tensor, change: str, by: float) -> tuple[Tensor, Certificate]:
+    x = a.to(torch.float64).reshape(-1, *a.shape[-2:])
+    finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    u, s, v, ok = lapack.svd(torch.where(finite, x, 0.0))
+    value = (u * CHANGES[change](s, by)[:, None, :]) @ v.mT
+    value = torch.where(finite & ok[:, None, None], value, math.nan).reshape(a.shape).to(a.dtype)
+    return value, uncertified(a.shape[:-2], a.device, methods=("svd",), code=0)

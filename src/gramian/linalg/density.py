@@ -247,7 +247,7 @@ def spectral_density_ex(
         own = ScaledMap(linear)
         like = torch.empty(0, dtype=torch.float64, device=own.device)
         finite = bool(own.matmat(gaussian(source, like, n, 1)).isfinite().all())
-        reason = torch.tensor([cert.NONE if finite else cert.NOT_FINITE])
+        reason = torch.tensor([cert.NONE if finite else cert.NOT_FINITE], device="cpu")
         if not finite or not n:
             empty = like.new_full((n and 1,), math.nan)
             return SpectralDensity(empty, empty), verdict(

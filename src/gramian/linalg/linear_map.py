@@ -111,7 +111,7 @@ def scaled_map(a: Any, start: Tensor) -> tuple[ScaledMap, Tensor, bool]:
     """
     image = ScaledMap(a).matmat(start[0].mT)[None]
     exponent = exponent_of(image.nan_to_num(posinf=0.0)).cpu()
-    factor = float(scale(torch.ones(1, dtype=torch.float64), -exponent))
+    factor = float(scale(torch.ones(1, dtype=torch.float64, device="cpu"), -exponent))
     return ScaledMap(a, factor), exponent, bool(image.isfinite().all())
 
 

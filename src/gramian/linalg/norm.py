@@ -188,7 +188,7 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None, certify
     like = torch.empty(0, dtype=torch.float64, device=own.device)
     start = start_of(generator, like, n, 1)
     zero = like.new_zeros(1)
-    finite, exponent, value = True, torch.zeros(1, dtype=torch.long), Number(zero, zero, zero)
+    finite, exponent, value = True, torch.zeros(1, dtype=torch.long, device="cpu"), Number(zero, zero, zero)
     if min(a.shape):
         scaled, exponent, finite = scaled_map(a, start)
         back = scaled.adjoint()

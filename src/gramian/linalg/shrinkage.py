@@ -63,7 +63,7 @@ def marchenko_pastur_median(beta: float) -> float:
     0.6528
     """
     steps = 20_000
-    theta = (torch.arange(steps, dtype=torch.float64) + 0.5) * (math.pi / steps)
+    theta = (torch.arange(steps, dtype=torch.float64, device="cpu") + 0.5) * (math.pi / steps)
     x = 1 + beta + 2 * math.sqrt(beta) * theta.cos()
     mass = 2 * theta.sin() ** 2 / (math.pi * x) * (math.pi / steps)
     below = mass.cumsum(0)

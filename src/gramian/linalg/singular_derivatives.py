@@ -175,6 +175,60 @@ PCA = _transposed(_pca_jvp, "x")
 """The leading right singular vectors of the centered rows."""
 
 
+def _of_spectrum_along(
+    a: Tensor,
+    triples: tuple[Tensor, Tensor, Tensor],
+    value: Tensor,
+    slope: Tensor,
+    e: Tensor | None,
+    inner: Tensor,
+    along: Tensor | None = None,
+) -> Tensor:
+    """How U η(Σ) Vᵀ changes along E, of which `inner` is UᵀEV, and by `along` of η itself: divided differences of η.
+
+    Higham, Functions of Matrices (2008), theorem 3.11, for the odd function η of [[0, A], [Aᵀ, 0]].
+    """
+    u, s, v = triples
+    row, column = s[..., :, None], s[..., None, :]
+    gap, total = row - column, row + column
+    tie = gap.abs() <= GAP * s[..., None, :1]
+    mean = (slope[..., :, None] + slope[..., None, :]) / 2
+    even = torch.where(tie, mean, (value[..., :, None] - value[..., None, :]) / torch.where(tie, 1.0, gap))
+    odd = torch.where(
+        total > 0, (value[..., :, None] + value[..., None, :]) / torch.where(total > 0, total, 1.0), mean
+    )
+    core = even * symmetric(inner) + odd * (inner - inner.mT) / 2
+    out = u @ (core if along is None else core + torch.diag_embed(along)) @ v.mT
+    factor = torch.where(s > 0, value / torch.where(s > 0, s, 1.0), slope)[..., None, :]
+    if e is not None and a.shape[-2] != a.shape[-1]:
+        left, right = (e.double() @ v) * factor, u * factor
+        if a.shape[-2] > a.shape[-1]:
+            out = out + (left - u @ (u.mT @ left)) @ v.mT
+        else:
+            image = right.mT @ e.double()
+            out = out + u @ (image - (image @ v) @ v.mT)
+    return out
+
+
+def of_spectrum(change: Callable[..., Tensor]) -> Rule:
+    """U η(Σ) Vᵀ for the η(σ) = `change(σ, **options)` of the arguments besides `a`; at a corner of η a mean slope."""
+
+    def jvp(arguments: Arguments, values: Values, tangents: Tangents) -> Given:
+        a, e = arguments["a"].double(), tangents["a"]
+        assert e is not None
+        u, s, v = singular_vectors(a)
+        options = {name: x for name, x in arguments.items() if name not in ("a", "spectrum")}
+        value, pull = pullback(lambda x: change(x, **options), s)
+        (slope,) = pull(torch.ones_like(s))
+        guarded(
+            (s > 0) | (value == 0) | ~s.isfinite(),
+            "prox: no derivative where a singular value is zero and becomes another, since any direction will do.",
+        )
+        return (_of_spectrum_along(a, (u, s, v), value, slope, e, u.mT @ e.double() @ v),)
+
+    return _transposed(jvp, "a")
+
+
 def shrinkage(
     shrink: Callable[[Tensor, Tensor, int, float, str], Tensor], estimated: Callable[[Tensor, int, float], Tensor]
 ) -> Rule:
@@ -211,24 +265,6 @@ def shrinkage(
         # Without noise η is the identity, and its slope along the level is zero.
         share = torch.where(noise > 0, 1 / torch.where(noise > 0, noise, 1.0), 0.0)
         along = torch.zeros_like(s) if moved is None else (value - s * slope) * (moved.double() * share)[..., None]
-        row, column = s[..., :, None], s[..., None, :]
-        gap, total = row - column, row + column
-        tie = gap.abs() <= GAP * s[..., None, :1]
-        mean = (slope[..., :, None] + slope[..., None, :]) / 2
-        even = torch.where(tie, mean, (value[..., :, None] - value[..., None, :]) / torch.where(tie, 1.0, gap))
-        odd = torch.where(
-            total > 0, (value[..., :, None] + value[..., None, :]) / torch.where(total > 0, total, 1.0), mean
-        )
-        core = even * symmetric(inner) + odd * (inner - inner.mT) / 2 + torch.diag_embed(along)
-        out = u @ core @ v.mT
-        factor = torch.where(s > 0, value / torch.where(s > 0, s, 1.0), slope)[..., None, :]
-        if e is not None and a.shape[-2] != a.shape[-1]:
-            left, right = (e.double() @ v) * factor, u * factor
-            if a.shape[-2] > a.shape[-1]:
-                out = out + (left - u @ (u.mT @ left)) @ v.mT
-            else:
-                image = right.mT @ e.double()
-                out = out + u @ (image - (image @ v) @ v.mT)
-        return (out,)
+        return (_of_spectrum_along(a, (u, s, v), value, slope, e, inner, along),)
 
     return _transposed(jvp, "a", "noise")

@@ -25,7 +25,7 @@ def below(g: Tensor, ratio: float) -> Tensor:
     """
     if not g[0:1].numel():
         return torch.zeros(g.shape[0], dtype=torch.bool, device=g.device)
-    start = torch.randn(WIDTH, g.shape[-1], generator=torch.Generator().manual_seed(SEED)).to(g)
+    start = torch.randn(WIDTH, g.shape[-1], generator=torch.Generator().manual_seed(SEED), device="cpu").to(g)
     high = start.expand(g.shape[0], -1, -1)
     for _ in range(SWEEPS):  # a product with a few rows takes a quarter of one with a few columns
         high = (high / high.norm(dim=-1, keepdim=True)) @ g

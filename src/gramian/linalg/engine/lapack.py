@@ -116,7 +116,7 @@ def cholesky(x: Tensor, upper: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if x.device.type != "cpu" or x.shape[-1] < BLOCKED_FROM:
         factor, info = torch.linalg.cholesky_ex(x)
         return factor, info
-    info = torch.zeros(x.shape[0], dtype=torch.int32)
+    info = torch.zeros(x.shape[0], dtype=torch.int32, device="cpu")
     upper = torch.zeros_like(x, memory_format=torch.contiguous_format) if upper is None else upper
     for i, (matrix, u) in enumerate(zip(x, upper, strict=True)):
         info[i] = _in_strips(matrix, u)

@@ -105,6 +105,11 @@ def check(name: str, a: object, *, square: bool = False, real: bool = True) -> T
     came and what was wanted."""
     if not isinstance(a, Tensor):
         raise DtypeError(f"{name}: expected a torch.Tensor, got {type(a).__name__}. Use torch.as_tensor first.")
+    if a.is_nested:
+        raise InputError(f"{name}: expected a dense tensor, got a nested one. Call it for each part in a.unbind().")
+    if a.layout != torch.strided:
+        kind = str(a.layout).removeprefix("torch.")
+        raise InputError(f"{name}: expected a dense tensor, got one of layout {kind}. Use a.to_dense().")
     check_dtype(name, a, real=real)
     if a.ndim < 2:
         raise ShapeError(

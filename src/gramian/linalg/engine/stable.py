@@ -43,7 +43,7 @@ def directions(like: Tensor) -> Directions:
         basis = torch.eye(n * n, dtype=like.dtype, device=like.device).reshape(n * n, 1, n, n)
         return Directions(basis, 1.0, 0.0)
     generator = torch.Generator().manual_seed(SEED + n)
-    basis = torch.randn(PROBES, 1, n, n, generator=generator, dtype=like.dtype)
+    basis = torch.randn(PROBES, 1, n, n, generator=generator, dtype=like.dtype, device="cpu")
     return Directions(basis.to(like.device), GAINS[PROBES] / math.sqrt(PROBES), FAILURE)
 
 

@@ -66,7 +66,7 @@ class _Look(torch.autograd.Function):
     @staticmethod
     def forward(look: Callable[..., None], *tensors: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         look(*tensors)
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
