@@ -243,6 +243,10 @@ def spectral_density_ex(
     if linear.shape[-2] != n:
         raise ShapeError(f"{name}: expected symmetric (..., n, n), got {tuple(linear.shape)}. Pass gm.linalg.syrk(a).")
     source = default_generator(generator)
+    if not dense and method != "lanczos_quadrature" and (n <= STEPS * PROBES or method == "eigvalsh"):
+        # The quadrature would take more products. The rounding of a map's products is no asymmetry.
+        a = made_dense(name, linear).double()
+        a, dense = (a + a.mT) / 2, True
     if not dense:
         own = ScaledMap(linear)
         like = torch.empty(0, dtype=torch.float64, device=own.device)

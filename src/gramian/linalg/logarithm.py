@@ -22,7 +22,7 @@ from gramian.linalg.engine.exponential import two_norm
 from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues, register
 from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import U, gamma, norm
-from gramian.linalg.engine.scaling import scale
+from gramian.linalg.engine.scaling import exponent_of, scale
 from gramian.linalg.engine.similarity import similar
 from gramian.linalg.engine.stable import (
     EXPLICIT,
@@ -288,7 +288,9 @@ def _empty(x: Tensor) -> Answer:
 
 def _middle(x: Tensor) -> Tensor:
     """The power of two nearest to the geometric mean of |λ|; 0 where that is near 1 or not known."""
-    size = torch.linalg.slogdet(torch.where(x.isfinite(), x, 0.0)).logabsdet / (LN2 * x.shape[-1])
+    x = torch.where(x.isfinite(), x, 0.0)
+    top = exponent_of(x)  # the pivots of subnormal numbers would have no digit left
+    size = torch.linalg.slogdet(scale(x, -top)).logabsdet / (LN2 * x.shape[-1]) + top
     size = torch.where(size.isfinite() & (size.abs() > 2), size, 0.0)
     return size.round().long()
 

@@ -90,7 +90,7 @@ def _composed(
             a, moved = first / -p, (moved + U * _size(first)) / p
             change = moved * (_top(a) + moved).exp()
         bound = (own + change + _size(out.double() - value)) * (1 + 2.0**-20)
-        bound = (bound / (size - own - change).clamp_min(0)).nan_to_num(nan=math.inf)
+        bound = (bound / (size - own - change).clamp_min(0)).nan_to_num(nan=math.inf if m.shape[-1] else 0.0)
         reason = torch.where(proof.converged, last.reason, proof.reason)
         reason = torch.where(reason == cert.INACCURATE, cert.NONE, reason)
         whole = verdict(

@@ -60,7 +60,10 @@ def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, s
     sums = s[:, :, None] + s[:, None, :]
     for _ in range(steps):
         e, _ = minus(m, times(value, value))
-        d = v @ ((v.mT @ e @ v) / torch.where(sums > 0, sums, torch.inf)) @ v.mT
+        # To first order, which is none where the correction is larger than half of what it corrects: in the null space.
+        core = v.mT @ e @ v
+        small = core.abs() <= sums.square() / 2
+        d = v @ (core / torch.where(small & (sums > 0), sums, torch.inf)) @ v.mT
         value = plus(value, (d + d.mT) / 2)
     if not certify:
         return Answer.bare(value.hi, reason, steps, None if steps else Spectrum(s, v))

@@ -310,8 +310,10 @@ def numbers(
                 proof, reason=torch.where(found.reason == cert.NONE, cert.UNASKED, found.reason)
             )
         rounded = out.to(dtype).to(torch.float64)
-        # What comes back as a subnormal number is rounded by that.
-        lost = torch.where((out.abs() < 2.0**-1021) & (found.value != 0), 2.0**-1074 / out.abs(), 0.0)
+        # What comes back as a subnormal number is rounded by that. (A number over a tensor is its product with the
+        # reciprocal, which overflows.)
+        tiny = torch.full_like(out, 2.0**-1074) / out.abs()
+        lost = torch.where((out.abs() < 2.0**-1021) & (found.value != 0), tiny, 0.0)
         exact = (out == rounded) & (lost == 0)
         rounding = torch.where(out == rounded, 0.0, (out - rounded).abs() / out.abs()) + lost
         bound = found.error / (found.value.abs() - found.error).clamp_min(0) + rounding
