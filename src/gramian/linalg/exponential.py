@@ -15,11 +15,12 @@ from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, Product, product, rough, two_sum, unbounded
 from gramian.linalg.engine.escalation import Answer, Method
-from gramian.linalg.engine.exponential import exponential
+from gramian.linalg.engine.exponential import Exponential, exponential
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import U, norm
 from gramian.linalg.engine.scaling import scale
+from gramian.linalg.engine.similarity import balance, similar
 
 __all__ = ["expm", "expm_ex"]
 
@@ -28,9 +29,16 @@ LN2_HIGH, LN2_LOW = float.fromhex("0x1.62e42feep-1"), 1.90821492927058770002e-10
 
 WHOLE = 2**20
 
+USELESS = 1e28
+"""κ of eigenvectors from which double-double products leave no digit."""
 
-def _by_squaring(times: Product) -> Callable[..., Answer]:
-    """e^A = e^μ e^(A − μI), μ = tr A/n, which makes the matrix as small as any shift does."""
+
+def _by_squaring(times: Product, *, in_basis: bool = False) -> Callable[..., Answer]:
+    """e^A = e^μ e^(A − μI), μ = tr A/n, which makes the matrix as small as any shift does.
+
+    With `in_basis`, that of a similar matrix, which is near normal: far from normal the bound of a squaring, a product
+    of norms, grows where the powers do not.
+    """
 
     def run(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
         n = x.shape[-1]
@@ -38,7 +46,11 @@ def _by_squaring(times: Product) -> Callable[..., Answer]:
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         hi, low = two_sum(x, -mean[:, None, None] * eye)
         cheap = unbounded if times is rough and not certify else times
-        found = exponential(Pair(hi, low, torch.zeros_like(mean)), cheap, bounded=certify)
+        shifted = Pair(hi, low, torch.zeros_like(mean))
+        if in_basis and x[0:1].numel():
+            found = _in_basis(shifted, certify)
+        else:
+            found = exponential(shifted, cheap, bounded=certify)
         power = (mean / math.log(2)).round().clamp(-WHOLE, WHOLE)
         # |rest| < 0.4, with an error of U in the last product, so that the factor has one of 4U.
         factor = ((mean - power * LN2_HIGH) - power * LN2_LOW).exp()
@@ -62,6 +74,26 @@ def _by_squaring(times: Product) -> Callable[..., Answer]:
     return run
 
 
+def _in_basis(a: Pair, certify: bool) -> Exponential:
+    """e^A for an exact pair, as that of a matrix that is similar to the balanced one."""
+    e = balance(a.hi)
+    there = _balanced(_balanced(a, e), -e)
+    exact = (there.hi == a.hi) & (there.lo == a.lo)
+    e = torch.where(exact.flatten(1).all(1)[:, None], e, 0)
+    s = similar(_balanced(a, e), useless=USELESS)
+    found = exponential(s.b, product, bounded=certify)
+    value, error = s.restored(found.value, found.value.error)
+    wide = e.amax(-1) - e.amin(-1)
+    whole = _balanced(value, -e)._replace(error=scale(error, wide).nan_to_num(nan=math.inf))
+    return found._replace(value=whole)
+
+
+def _balanced(a: Pair, e: Tensor) -> Pair:
+    """2^(eⱼ − eᵢ) aᵢⱼ; what is scaled by more than float64 holds becomes infinite or zero."""
+    by = e[:, None, :] - e[:, :, None]
+    return a._replace(hi=scale(a.hi, by), lo=scale(a.lo, by))
+
+
 EXPM = register(
     MatrixFunction(
         "expm",
@@ -78,7 +110,14 @@ EXPM = register(
                 torch.float64,
                 0.0,
                 lambda m, n: {"float64": 60},
-                "the rest, in double-double arithmetic",
+                "most of the rest, in double-double arithmetic",
+            ),
+            "diagonalized": Method(
+                _by_squaring(product, in_basis=True),
+                torch.float64,
+                0.0,
+                lambda m, n: {"eig64": 1, "float64": 160},
+                "matrices far from normal, in a basis of eigenvectors",
             ),
         },
         "square",

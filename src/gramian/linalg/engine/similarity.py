@@ -16,9 +16,14 @@ from gramian.linalg.engine import lapack
 from gramian.linalg.engine.double_double import Pair, eye_like, fine_product, minus, pair, plus, product
 from gramian.linalg.engine.exponential import two_norm
 from gramian.linalg.engine.rounding import norm
+from gramian.linalg.engine.scaling import scale
 
 CORRECTIONS = 4
 """Steps of Y ← Y + Y(I − WY): each gains the digits that float64 leaves at κ(W)."""
+
+
+SWEEPS, BALANCED = 20, 64
+"""Rounds over the rows by which a matrix is balanced, and the largest side for which that is done."""
 
 
 class Similar(NamedTuple):
@@ -36,27 +41,28 @@ class Similar(NamedTuple):
         return out, spectral_bound(self.basis) * inner * spectral_bound(self.back) + out.error
 
 
-def similar(a: Pair, refinements: int = 0) -> Similar:
+def similar(a: Pair, refinements: int = 0, *, useless: float = math.inf) -> Similar:
     """The similar matrix of an exact pair (B, n, n), in a basis of eigenvectors refined so many times.
 
-    One of float64 leaves u‖A‖κ(W) beside the eigenvalues, and each refinement about the square of that.
+    One of float64 leaves u‖A‖κ(W) beside the eigenvalues, and each refinement about the square of that. Where κ(W) is
+    `useless`, as for a defective matrix, it is the matrix itself.
     """
     eye = torch.eye(a.hi.shape[-1], dtype=a.hi.dtype, device=a.hi.device)
     finite = a.hi.isfinite().flatten(1).all(1)
     values, vectors, _ = lapack.eig(torch.where(finite[:, None, None], a.hi, eye))
     # Of a pair of complex eigenvectors the real and the imaginary part.
     w = torch.where(values.imag[:, None, :] < 0, vectors.imag, vectors.real)
-    s = _in_basis(a, pair(w))
+    s = _in_basis(a, pair(w), useless)
     for _ in range(refinements):
-        s = _in_basis(a, plus(s.basis, s.basis.hi @ _turn(s.b, values)))
+        s = _in_basis(a, plus(s.basis, s.basis.hi @ _turn(s.b, values)), useless)
     return s
 
 
-def _in_basis(a: Pair, basis: Pair) -> Similar:
-    """The similar matrix in this basis, or A itself where the basis has no inverse."""
+def _in_basis(a: Pair, basis: Pair, useless: float) -> Similar:
+    """The similar matrix in this basis, or A itself where the basis has no inverse that is of use."""
     eye = torch.eye(a.hi.shape[-1], dtype=a.hi.dtype, device=a.hi.device)
     y, info = lapack.inverse(basis.hi)
-    bad = ((info != 0) | ~y.isfinite().flatten(1).all(1))[:, None, None]
+    bad = ((info != 0) | ~(norm(basis.hi) * norm(y) < useless))[:, None, None]
     basis = basis._replace(hi=torch.where(bad, eye, basis.hi), lo=torch.where(bad, 0.0, basis.lo))
     back = pair(torch.where(bad, eye, y))
     y = back.hi
@@ -70,6 +76,29 @@ def _in_basis(a: Pair, basis: Pair) -> Similar:
     b = fine_product(back, inner)
     lost = inner.error + share * (norm(inner.hi) + norm(inner.lo) + inner.error)
     return Similar(b._replace(error=b.error + spectral_bound(back) * lost), basis, back, share)
+
+
+def balance(x: Tensor) -> Tensor:
+    """Exponents e (B, n) for which 2^(eⱼ − eᵢ) xᵢⱼ has rows and columns of like size off its diagonal, above 1.
+
+    Osborne (1960), with a floor of 1 where LAPACK's `gebal` would permute: the part of a triangular matrix above its
+    diagonal is scaled down to that, and no further. 0 beyond a side of `BALANCED`.
+    """
+    n = x.shape[-1]
+    e = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
+    if n > BALANCED:
+        return e
+    off = x - torch.diag_embed(x.diagonal(dim1=-2, dim2=-1))
+    for _ in range(SWEEPS):
+        before = e.clone()
+        for i in range(n):
+            row = scale(off[:, i], e - e[:, i : i + 1]).norm(dim=-1).clamp_min(1.0)
+            column = scale(off[:, :, i], e[:, i : i + 1] - e).norm(dim=-1).clamp_min(1.0)
+            e[:, i] += ((row / column).log2() / 2).nan_to_num(posinf=0.0, neginf=0.0).round().long().clamp(-400, 400)
+        e = (e - e.amin(-1, keepdim=True)).clamp(max=400)
+        if torch.equal(e, before):
+            break
+    return e
 
 
 def _turn(b: Pair, values: Tensor) -> Tensor:
