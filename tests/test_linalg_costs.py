@@ -184,3 +184,13 @@ print(times[0] - times[1])
 def test_to_ask_where_the_constants_come_from_measures_nothing(cache, timed) -> None:
     assert cost.constants().source == "default"
     assert timed == []
+
+
+@pytest.mark.parametrize("name", ["inv", "solve", "svdvals", "sqrtm", "polar"])
+def test_a_large_batch_of_small_matrices_does_not_begin_with_the_last_resort(name):
+    """Products of many small matrices were taken for those of one large one, and double-double ones for nothing."""
+    from gramian.linalg.engine.escalation import ladder
+
+    methods = FUNCTIONS[name].methods
+    with cost.fixed():
+        assert ladder(methods, (10_000, 4, 4), 1e-4, "cpu")[0] != list(methods)[-1]

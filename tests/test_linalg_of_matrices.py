@@ -259,3 +259,23 @@ def test_many_pairs_of_eigenvalues_are_found_by_eigenvectors() -> None:
         value, proof = gl.sign_ex(m, method="eigenvectors")
         assert proof.converged.all()
         assert (value @ value - torch.eye(64)).norm() < 1e-6 * value.norm() ** 2
+
+
+def test_exponentials_far_from_normal_are_proven_where_plain_squaring_proves_nothing():
+    """Triangular and companion matrices; a nilpotent block, which has no eigenvectors; and one with both."""
+    matrices = [
+        [[0.0, 1e6, 0.0], [0.0, 0.0, 1e6], [0.0, 0.0, 0.0]],
+        [[0.0, 1e12], [0.0, 0.0]],
+        [[1e-8, 1e8], [0.0, 1.0]],
+        [[0.0, 1e4], [0.0, 1.0]],
+        [[-1.0, 1e7, 3.0], [0.0, -1.0, 1e7], [0.0, 0.0, 2.0]],
+        [[-3.0, 1e3, -1e5], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
+    ]
+    for rows in matrices:
+        m = torch.tensor(rows, dtype=torch.float64)
+        value, proof = gl.expm_ex(m)
+        with mpmath.workdps(120):
+            exact = mpmath.expm(mp(m), method="taylor")
+            error = mp_error(value, exact)
+        assert proof.converged, rows
+        assert error <= proof.error_bound.item()

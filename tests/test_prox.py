@@ -149,3 +149,22 @@ def test_hostile_input(name: str) -> None:
 def test_refusals_say_why(call, says: str) -> None:
     with untyped(), pytest.raises(GramianError, match=says):
         call()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (3, 3), (2, 4, 3)])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_proximal_maps_have_derivatives(name: str, shape: tuple[int, ...]) -> None:
+    """Those of a spectrum returned a value without a graph: an unrolled proximal method did not learn."""
+    penalty, w = PENALTIES[name], matrices(*shape).requires_grad_()
+    for step in (0.3, 3.0):
+        assert torch.autograd.gradcheck(lambda x, t=step: penalty.prox(x, t), (w,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda x: penalty.prox(x, 0.3), (w,))
+
+
+def test_derivatives_of_proximal_maps_at_ties_and_where_there_is_none() -> None:
+    for name in ("nuclear", "spectral_norm", "orthogonal"):
+        equal = (2 * torch.eye(3, dtype=torch.float64)).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x, name=name: PENALTIES[name].prox(x, 0.3), (equal,))
+    zero = torch.zeros(3, 3, requires_grad=True)
+    with pytest.raises(GramianError, match="no derivative where a singular value is zero"):
+        torch.autograd.grad(PENALTIES["orthogonal"].prox(zero, 5.0).sum(), zero)

@@ -29,8 +29,8 @@ LN2_HIGH, LN2_LOW = float.fromhex("0x1.62e42feep-1"), 1.90821492927058770002e-10
 
 WHOLE = 2**20
 
-USELESS = 1e28
-"""κ of eigenvectors from which double-double products leave no digit."""
+USELESS = 1e12
+"""κ of eigenvectors from which a defective part is more likely than that they help."""
 
 
 def _by_squaring(times: Product, *, in_basis: bool = False) -> Callable[..., Answer]:
