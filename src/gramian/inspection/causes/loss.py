@@ -244,8 +244,7 @@ def _ends_with(context: Context, function: str, num_classes: int) -> bool:
     seen, found = context.observed, context.criterion("cross_entropy")
     if len(seen.output_ends) > 1 and (found is None or found.ends is None or found.ends.function != function):
         return False
-    last = max(seen.used.values(), default=0)
-    after = [a for a in seen.activations if a.order > last and a.channels == num_classes]
+    after = [a for a in seen.activations if a.order > seen.last_use and a.channels == num_classes]
     return any(function in a.function for a in after)
 
 

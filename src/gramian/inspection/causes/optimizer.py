@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+from torch.optim import LBFGS
+
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.report import Finding
@@ -46,7 +48,18 @@ def covered(context: Context) -> Iterator[Finding]:
         return
     groups = context.groups
     trained = {n: p for n, p in context.parameters.items() if p.requires_grad}
-    absent = [n for n in trained if n not in groups]
+    others = context.of_other_optimizers
+    absent = [n for n in trained if n not in groups and n not in others]
+    if others:
+        yield Finding(
+            "parameter-not-stepped",
+            "info",
+            f"Another optimizer has {len(others)} of {len(trained)} parameters",
+            where=some(list(dict.fromkeys(context.module_of(n) or n for n in sorted(others))), SHOWN),
+            evidence=f"{some(sorted(others), SHOWN)}: in groups of another optimizer, and in none of this one (exact)",
+            cause="The model is trained by several optimizers. If the other one is of an earlier phase, nothing steps "
+            "these parameters now.",
+        )
     still = [n for n in trained if n in groups and _rate(groups[n]) == 0.0]
     waiting = [n for n in still if _scheduled(groups[n]) > 0.0]
     names = absent or ([] if waiting else still)
@@ -133,10 +146,10 @@ def settings(context: Context) -> Iterator[Finding]:
 def steps(context: Context) -> Iterator[Finding]:
     """Judge the rate by what a few steps on a copy did to the loss and to the matrices.
 
-    Of a step of the run itself the losses are not known.
+    Of a step of the run itself the losses are not known: nothing is said of an L-BFGS, which searches for its length.
     """
     taken = context.steps
-    if taken is None or not all(map(math.isfinite, taken.losses[:1])) or not taken.changes:
+    if taken is None or (not taken.losses and isinstance(context.optimizer, LBFGS)) or not all(map(math.isfinite, taken.losses[:1])) or not taken.changes:
         return
     losses = taken.losses
     first = losses[0] if losses else 0.0

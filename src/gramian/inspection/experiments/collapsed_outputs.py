@@ -90,7 +90,7 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
     slopes: list[float] = []
     for by in LARGER if sphere.radius is None else LARGER[:1]:  # a margin may hide small ones
         gradients = sphere.slopes(replay, [draw(t.shape, t) * by for t in outputs])
-        slopes = [float(g.abs().amax()) for g in gradients]
+        slopes = [0.0 if replay.is_stopped(i) else float(g.abs().amax()) for i, g in enumerate(gradients)]
         if max(float(g.any(1).float().mean()) for g in gradients) >= ACTIVE:
             size *= by
             break

@@ -18,6 +18,8 @@ __all__ = ["Peak", "at_labels"]
 
 # Distances from the labels, in their size, and draws at each.
 DISTANCES, DRAWS = (0.03, 0.1, 0.3), 3
+# How far away a single sample is put.
+FAR = 3.0
 # Samples that are too few; changes that are rounding, as a share of the largest.
 LEAST, EQUAL = 4, 1e-5
 # The share of what the loss differs by elsewhere by which it is higher at the labels.
@@ -49,7 +51,8 @@ def at_labels(asked: Asked) -> Peak | None:
 
     Returns: a `Peak`, or `None`.
     Raises: what the model raises.
-    Cost: two evaluations of the loss for each tensor of numbers that may be labels; some forty where it is high there.
+    Cost: two evaluations of the loss for each tensor of numbers that may be labels; some forty where it is high there, and
+        two for each sample where it is higher than all around.
     """
     replay = asked.replay
     if not replay.is_known or not replay.outputs or asked.seen.strangers:
@@ -70,6 +73,8 @@ def at_labels(asked: Asked) -> Peak | None:
             if is_linear and (found := _added(replay, t)) is not None:
                 return Peak("added", one.name, replay.here, found)
         for i, columns in _places(replay.outputs, t):
+            if replay.is_stopped(i):
+                continue
             found = _highest(replay, i, columns, t)
             if found is not None:
                 return Peak("highest", one.name, *found)
@@ -103,6 +108,15 @@ def _added(replay: Replay, t: Tensor) -> float | None:
         value = float(replay.loss(replay.outputs, batch).detach())
         there = value if abs(value - replay.here) > abs(there - replay.here) else there
     return there if abs(there - replay.here) > 10 * EQUAL * (1 + abs(replay.here)) else None
+
+
+def _one_by_one(t: Tensor, size: float) -> Iterator[Tensor]:
+    """The labels with those of one sample far away, on either side."""
+    for k in range(len(t)):
+        for far in (FAR * size, -FAR * size):
+            moved = t.clone()
+            moved[k] += far
+            yield moved
 
 
 def _places(outputs: list[Tensor], t: Tensor) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -139,5 +153,7 @@ def _highest(replay: Replay, i: int, columns: tuple[int, ...], t: Tensor) -> tup
                 if not beside[-1] < here:
                     return None
     spread = here - min(beside)
+    if any(at(row) > here + EQUAL * abs(here) for row in _one_by_one(t, size)):
+        return None  # what some samples are drawn to, and others pushed from, as actions by their advantages
     # A mean falls too where labels are no minimum of it, but not on both sides of them, and not ever more.
     return (here, max(beside)) if here - max(beside) > 0 and spread > HIGHER * abs(here) + EQUAL else None

@@ -137,6 +137,7 @@ class Replay:
         self.outputs: list[Tensor] = []
         self._made: list[Any] = []
         self._own: set[int] = set()
+        self._stopped: set[int] = set()
         self._is_remade = True
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -202,7 +203,13 @@ class Replay:
             self.outputs.append(held)
             if _is_own(t):
                 self._own.add(id(held))
+            if not t.requires_grad:
+                self._stopped.add(id(held))
         return held
+
+    def is_stopped(self, i: int) -> bool:
+        """Whether the model gave the output of this number without a graph, as a target: no gradient moves it."""
+        return id(self.outputs[i]) in self._stopped
 
     def _run(self, batch: Any) -> Tensor:
         """The loss of a copy of the batch, into which the loss may write."""

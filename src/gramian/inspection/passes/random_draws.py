@@ -61,7 +61,7 @@ class Draws:
                 draw.is_scored = True
         elif draws and not made.requires_grad and made.is_floating_point():
             self.drawn[id(made)] = made, draws[0]
-        elif others and not made.requires_grad and made.ndim and not torch.is_grad_enabled() and is_random:
+        elif is_random and made.ndim and not torch.is_grad_enabled() and any(t.grad_fn is not None for t in others):
             draw = Draw(name, function, order)
             self.seen.draws.append(draw)
             self.drawn[id(made)] = made, draw
