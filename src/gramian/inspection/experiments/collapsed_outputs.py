@@ -81,16 +81,17 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
     if not size > 0:
         return None
     generator = torch.Generator().manual_seed(0)
-
     sphere = Sphere.of(outputs)
 
     def draw(shape: torch.Size, like: Tensor) -> Tensor:
         return sphere.put(torch.randn(shape, generator=generator).to(like) * size)
 
+    if any(_counts(replay, i, draw(outputs[i].shape, outputs[i])) for i in replay.stopped):
+        return None
     slopes: list[float] = []
     for by in LARGER if sphere.radius is None else LARGER[:1]:  # a margin may hide small ones
         gradients = sphere.slopes(replay, [draw(t.shape, t) * by for t in outputs])
-        slopes = [0.0 if replay.is_stopped(i) else float(g.abs().amax()) for i, g in enumerate(gradients)]
+        slopes = [float(g.abs().amax()) for g in gradients]
         if max(float(g.any(1).float().mean()) for g in gradients) >= ACTIVE:
             size *= by
             break
@@ -180,6 +181,8 @@ def unlike_pairs(asked: Asked) -> Pairs | None:
         changed = mapped(batch, lambda t: left if t is a else right if t is b else t)
         return loss_of(asked.model, changed, asked.objective)
 
+    if loss(a, b) != here:  # it changes by itself, as with a running mean of its own
+        return None
     with_a, with_b = loss(a, a), loss(b, b)
     least = here + RISES * abs(here)
     return Pairs((names[0], names[1]), here, with_a, with_b) if min(with_a, with_b) > least else None

@@ -18,8 +18,6 @@ __all__ = ["Peak", "at_labels"]
 
 # Distances from the labels, in their size, and draws at each.
 DISTANCES, DRAWS = (0.03, 0.1, 0.3), 3
-# How far away a single sample is put.
-FAR = 3.0
 # Samples that are too few; changes that are rounding, as a share of the largest.
 LEAST, EQUAL = 4, 1e-5
 # The share of what the loss differs by elsewhere by which it is higher at the labels.
@@ -51,8 +49,7 @@ def at_labels(asked: Asked) -> Peak | None:
 
     Returns: a `Peak`, or `None`.
     Raises: what the model raises.
-    Cost: two evaluations of the loss for each tensor of numbers that may be labels; some forty where it is high there, and
-        two for each sample where it is higher than all around.
+    Cost: two evaluations of the loss for each tensor of numbers that may be labels; some forty where it is high there.
     """
     replay = asked.replay
     if not replay.is_known or not replay.outputs or asked.seen.strangers:
@@ -73,12 +70,34 @@ def at_labels(asked: Asked) -> Peak | None:
             if is_linear and (found := _added(replay, t)) is not None:
                 return Peak("added", one.name, replay.here, found)
         for i, columns in _places(replay.outputs, t):
-            if replay.is_stopped(i):
-                continue
             found = _highest(replay, i, columns, t)
-            if found is not None:
+            if found is not None and _is_compared(replay, t) and not _is_for_a_reward(replay, i, columns, t):
                 return Peak("highest", one.name, *found)
     return None
+
+
+def _is_compared(replay: Replay, t: Tensor) -> bool:
+    """Whether the loss takes a tensor beside what the model makes of it; false of a loss that changes by itself."""
+    if float(replay.loss(replay.outputs).detach()) != replay.here:
+        return False
+    batches = (mapped(replay.batch, lambda v, new=new: new if v is t else v) for new in others(t))
+    return any(float(replay.loss(replay.outputs, b).detach()) != replay.here for b in batches)
+
+
+def _is_for_a_reward(replay: Replay, i: int, columns: tuple[int, ...], t: Tensor) -> bool:
+    """Whether a number of each sample decides if its output is to come near the label, as an advantage does.
+
+    Then outputs of the samples with the largest, or the least, of these numbers do not lower the loss as they leave
+    their labels.
+    """
+    for one in given_of([replay.batch], set(), set()):
+        r = one.values[0]
+        if r is t or not r.is_floating_point() or r.numel() != len(t) or not float(r.min()) < float(r.max()):
+            continue
+        above = r.flatten() > r.median()
+        if any(_highest(replay, i, columns, t, rows) is None for rows in (above, ~above)):
+            return True
+    return False
 
 
 def _is_linear(replay: Replay) -> bool:
@@ -110,15 +129,6 @@ def _added(replay: Replay, t: Tensor) -> float | None:
     return there if abs(there - replay.here) > 10 * EQUAL * (1 + abs(replay.here)) else None
 
 
-def _one_by_one(t: Tensor, size: float) -> Iterator[Tensor]:
-    """The labels with those of one sample far away, on either side."""
-    for k in range(len(t)):
-        for far in (FAR * size, -FAR * size):
-            moved = t.clone()
-            moved[k] += far
-            yield moved
-
-
 def _places(outputs: list[Tensor], t: Tensor) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Outputs of the labels' shape; where there are none, columns of outputs where each sample has one label."""
     able = [i for i, out in enumerate(outputs) if out.ndim and not are_normalized(out) and len(out) == len(t)]
@@ -130,8 +140,10 @@ def _places(outputs: list[Tensor], t: Tensor) -> Iterator[tuple[int, tuple[int, 
                 yield from ((i, (c,)) for c in range(outputs[i].shape[1]))
 
 
-def _highest(replay: Replay, i: int, columns: tuple[int, ...], t: Tensor) -> tuple[float, float] | None:
-    """The loss with labels in place of an output, and the highest beside that, where it falls all around."""
+def _highest(
+    replay: Replay, i: int, columns: tuple[int, ...], t: Tensor, rows: Tensor | None = None
+) -> tuple[float, float] | None:
+    """The loss with labels in place of an output, and the highest beside it, where it falls as these rows leave."""
     out = replay.outputs[i]
     generator = torch.Generator().manual_seed(0)
     size = float(t.double().std()) or 1.0
@@ -148,12 +160,12 @@ def _highest(replay: Replay, i: int, columns: tuple[int, ...], t: Tensor) -> tup
     for far in reversed(DISTANCES):
         for _ in range(DRAWS):
             noise = torch.randn(t.shape, generator=generator).to(t) * (far * size)
+            if rows is not None:
+                noise[~rows] = 0.0
             for values in (t + noise, t - noise):
                 beside.append(at(values))
                 if not beside[-1] < here:
                     return None
     spread = here - min(beside)
-    if any(at(row) > here + EQUAL * abs(here) for row in _one_by_one(t, size)):
-        return None  # what some samples are drawn to, and others pushed from, as actions by their advantages
     # A mean falls too where labels are no minimum of it, but not on both sides of them, and not ever more.
     return (here, max(beside)) if here - max(beside) > 0 and spread > HIGHER * abs(here) + EQUAL else None

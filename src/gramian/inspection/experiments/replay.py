@@ -137,7 +137,7 @@ class Replay:
         self.outputs: list[Tensor] = []
         self._made: list[Any] = []
         self._own: set[int] = set()
-        self._stopped: set[int] = set()
+        self._cut: set[int] = set()
         self._is_remade = True
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -188,6 +188,12 @@ class Replay:
         return made
 
     @property
+    def stopped(self) -> list[int]:
+        """The places of outputs without a graph beside others that have one, as those of a teacher inside the model."""
+        places = [i for i, t in enumerate(self.outputs) if id(t) in self._cut]
+        return places if len(places) < len(self.outputs) else []
+
+    @property
     def is_single(self) -> bool:
         """Whether the model is called once, and gives one tensor of numbers and nothing else."""
         return self.is_known and self.calls == 1 and len(self.outputs) == 1 and self._made[0] is self.outputs[0]
@@ -204,12 +210,8 @@ class Replay:
             if _is_own(t):
                 self._own.add(id(held))
             if not t.requires_grad:
-                self._stopped.add(id(held))
+                self._cut.add(id(held))
         return held
-
-    def is_stopped(self, i: int) -> bool:
-        """Whether the model gave the output of this number without a graph, as a target: no gradient moves it."""
-        return id(self.outputs[i]) in self._stopped
 
     def _run(self, batch: Any) -> Tensor:
         """The loss of a copy of the batch, into which the loss may write."""

@@ -61,9 +61,17 @@ class Draws:
                 draw.is_scored = True
         elif draws and not made.requires_grad and made.is_floating_point():
             self.drawn[id(made)] = made, draws[0]
-        elif is_random and made.ndim and not torch.is_grad_enabled() and any(t.grad_fn is not None for t in others):
+        elif is_random and made.ndim and not torch.is_grad_enabled() and self._is_drawn_from(function, others):
             draw = Draw(name, function, order)
             self.seen.draws.append(draw)
             self.drawn[id(made)] = made, draw
         elif is_random and not made.requires_grad:
             self.noise[id(made)] = made
+
+    @staticmethod
+    def _is_drawn_from(function: str, others: Sequence[Tensor]) -> bool:
+        """Whether what is drawn depends on values that were computed with a gradient, or on a parameter as its mean.
+
+        A whole network that runs on noise under `torch.no_grad` is no draw: so a critic gets what a generator makes.
+        """
+        return any(t.grad_fn is not None or (function in _DRAWS and t.is_leaf) for t in others)

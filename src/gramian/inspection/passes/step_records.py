@@ -52,7 +52,6 @@ class Observed:
         first_step: gradients of the first batch, where they are asked for and the pass changed nothing on which the
             next one depends.
         used: order of the first operation that takes each parameter; those that are missing take part in nothing.
-        last_use: order of the last operation in the model that takes any of them.
         called: names of the modules whose forward ran.
         logits: what cross-entropy was applied to, as float32, from the first batch.
         criteria: torch's losses, each with what it was first applied to.
@@ -126,7 +125,6 @@ class Observed:
     zero_gradients: dict[str, float] = field(default_factory=dict)
     first_step: FirstStep | None = None
     used: dict[str, int] = field(default_factory=dict)
-    last_use: int = 0
     called: set[str] = field(default_factory=set)
     statistics: dict[str, tuple[float, float]] = field(default_factory=dict)
     initial_statistics: dict[str, tuple[float, float]] = field(default_factory=dict)

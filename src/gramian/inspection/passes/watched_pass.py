@@ -329,7 +329,6 @@ class Watcher(Follower):
         for t in tensors_of(values):
             if id(t) in self.names:
                 self.seen.used.setdefault(self.names[id(t)], self.order)
-                self.seen.last_use = self.order if self.stack else self.seen.last_use
 
     def _cut(self, name: str, function: str, given: list[Tensor]) -> None:
         if len(self.seen.cuts) < MOST_CUTS:
