@@ -47,8 +47,8 @@ from gramian.loader import Batches, as_batches, first_few, is_in_memory, with_sa
 from gramian.objective import Objective, as_objective
 from gramian.recording.kept_batches import KeptBatches
 from gramian.recording.kept_state import keeping
-from gramian.recording.own_state import steady
 from gramian.recording.measuring import batch_statistics
+from gramian.recording.own_state import steady
 from gramian.report import Finding, Report
 from gramian.seeding import kept_random
 

@@ -28,7 +28,8 @@ from gramian.report import Layer
 
 __all__ = ["ONE", "SHOWN", "Context"]
 
-# ‖W‖_F² / σ₁² of a matrix that counts as one direction; smaller matrices than this side are not judged.
+# ‖W‖_F² / σ₁² of a matrix that counts as one direction; smaller matrices than this side are not judged. What tens of
+# steps of Adam make of zeros was between 1.014 and 1.1 in a modulation whose inputs hardly differ.
 ONE, SIDE = 1.001, 4
 
 # Ratio of the differences between samples after and before a module from which on its weights' scale is told. Inputs
@@ -101,7 +102,7 @@ class Context(Fed):
 
     @cached_property
     def of_other_optimizers(self) -> frozenset[str]:
-        """The parameters that another optimizer has and this one, which has some, has not: of networks that take turns."""
+        """The parameters that another optimizer has, and not this one, which has others: networks may take turns."""
         absent = {id(p): n for n, p in self.parameters.items() if p.requires_grad and n not in self.groups}
         absent = absent if self.groups else {}
         others = (one for one in gc.get_objects() if issubclass(type(one), Optimizer)) if absent else ()

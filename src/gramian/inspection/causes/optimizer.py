@@ -149,7 +149,9 @@ def steps(context: Context) -> Iterator[Finding]:
     Of a step of the run itself the losses are not known: nothing is said of an L-BFGS, which searches for its length.
     """
     taken = context.steps
-    if taken is None or (not taken.losses and isinstance(context.optimizer, LBFGS)) or not all(map(math.isfinite, taken.losses[:1])) or not taken.changes:
+    if taken is None or not all(map(math.isfinite, taken.losses[:1])) or not taken.changes:
+        return
+    if not taken.losses and isinstance(context.optimizer, LBFGS):
         return
     losses = taken.losses
     first = losses[0] if losses else 0.0
