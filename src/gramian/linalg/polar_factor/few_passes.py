@@ -64,7 +64,7 @@ def few_passes(
     """
     wide = dtype is None or dtype == torch.float32
     with full_products() if wide else contextlib.nullcontext():
-        s = squares(low, steps, first, SAFETY if wide else ROUNDED_SAFETY)
+        s = squares(low, steps, first, SAFETY if wide else ROUNDED_SAFETY[first])
         return in_parts(a, partial(_polar, s, dtype or torch.float32, close), out)
 
 
