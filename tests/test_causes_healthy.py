@@ -236,29 +236,6 @@ def test_what_some_steps_from_zero_have_made_is_not_of_rank_one(rest: float, is_
     assert ("parameter-rank-one" in found) == is_told
 
 
-@pytest.mark.parametrize("is_other", [True, False])
-def test_parameters_of_another_optimizer(is_other: bool) -> None:
-    """A generator and its critic in one module, each with an optimizer; without the second, the critic stands still."""
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"generator": net(out=D), "critic": net(out=1)})
-    one = torch.optim.Adam(model["generator"].parameters(), 1e-3)
-    other = torch.optim.Adam(model["critic"].parameters(), 1e-3) if is_other else None
-    x = torch.randn(64, D)
-    with gm.watch(model, one, every=2, share=None) as watching:
-        for _ in range(6):
-            made = model["generator"](torch.randn(64, D))
-            loss = F.softplus(-model["critic"](x)).mean() + F.softplus(model["critic"](made.detach())).mean()
-            model.zero_grad()
-            loss.backward()
-            if other is not None:
-                other.step()
-            model.zero_grad()
-            F.softplus(-model["critic"](made)).mean().backward()
-            one.step()
-    severities = {f.severity for f in watching.findings if f.code == "parameter-not-stepped"}
-    assert severities == ({"info"} if is_other else {"error"})
-
-
 def test_nothing_is_said_of_the_lengths_that_a_search_finds() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 1)), torch.linspace(-1, 1, 64)[:, None]

@@ -118,8 +118,8 @@ def inspect(
     kept = KeptBatches(few)
     with keeping(model_or_path, objective.predict, objective.criterion) as state, ExitStack() as after:
         after.callback(kept.put_back)
-        after.enter_context(taking_what_is_not_finite(model_or_path, few))
         objective = steady(model_or_path, _on_kept(objective, kept), few[0], state)
+        after.enter_context(taking_what_is_not_finite(model_or_path, few))
         given = model_or_path, few, further, objective, optimizer
         measured, found = _with_data(*given, curvature=curvature, options=options, progress=progress)
     if num_read > len(few):

@@ -35,7 +35,7 @@ def steady(model: nn.Module, objective: Objective, batch: Any, kept: Kept) -> Ob
         model: in any mode; it is evaluated in evaluation mode.
         objective: gives the loss.
         batch: of which the first samples are taken, or all where these do not run.
-        kept: of the model, as it was at first.
+        kept: of the model, as it was at first; the model is put back there.
 
     Returns: the objective itself where two evaluations give the same loss and leave the model alone, or none runs.
     Raises: nothing of its own.
@@ -46,8 +46,10 @@ def steady(model: nn.Module, objective: Objective, batch: Any, kept: Kept) -> Ob
             with suppress(Exception):  # whoever looks at this batch next tells what fails
                 losses = [_loss(model, objective, given) for _ in range(2)]
                 moving = kept.changed(model)
+                kept.put_back()
                 repeats = losses[0] == losses[1] or losses[0] != losses[0]
                 return objective if repeats and not moving else _put_back(model, objective, moving)
+            kept.put_back()
     return objective
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -99,15 +98,6 @@ class Context(Fed):
         groups = self.optimizer.param_groups if self.optimizer is not None else ()
         of = {id(p): group for group in groups for p in group["params"]}
         return {name: of[id(p)] for name, p in self.parameters.items() if id(p) in of}
-
-    @cached_property
-    def of_other_optimizers(self) -> frozenset[str]:
-        """The parameters that another optimizer has, and not this one, which has others: networks may take turns."""
-        absent = {id(p): n for n, p in self.parameters.items() if p.requires_grad and n not in self.groups}
-        absent = absent if self.groups else {}
-        others = (one for one in gc.get_objects() if issubclass(type(one), Optimizer)) if absent else ()
-        held = {id(p) for one in others if one is not self.optimizer for g in one.param_groups for p in g["params"]}
-        return frozenset(name for key, name in absent.items() if key in held)
 
     @cached_property
     def has_constant_output(self) -> bool:

@@ -48,18 +48,7 @@ def covered(context: Context) -> Iterator[Finding]:
         return
     groups = context.groups
     trained = {n: p for n, p in context.parameters.items() if p.requires_grad}
-    others = context.of_other_optimizers
-    absent = [n for n in trained if n not in groups and n not in others]
-    if others:
-        yield Finding(
-            "parameter-not-stepped",
-            "info",
-            f"Another optimizer has {len(others)} of {len(trained)} parameters",
-            where=some(list(dict.fromkeys(context.module_of(n) or n for n in sorted(others))), SHOWN),
-            evidence=f"{some(sorted(others), SHOWN)}: in groups of another optimizer, and in none of this one (exact)",
-            cause="The model is trained by several optimizers. If the other one is of an earlier phase, nothing steps "
-            "these parameters now.",
-        )
+    absent = [n for n in trained if n not in groups]
     still = [n for n in trained if n in groups and _rate(groups[n]) == 0.0]
     waiting = [n for n in still if _scheduled(groups[n]) > 0.0]
     names = absent or ([] if waiting else still)

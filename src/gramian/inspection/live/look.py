@@ -89,7 +89,6 @@ class Looker:
         self._found: list[Finding] = []
         self.is_puzzled = False
         self._zero: frozenset[str] | None = None  # matrices that are zero at the first look
-        self._others: frozenset[str] | None = None  # what other optimizers had at the first look
         self._asked: set[str] = set()  # codes for which a full look was asked for
         self._first: dict[str, float] = {}  # norms of matrices at the first look
         self._usual: set[str] = set()  # codes that were found while no rate had grown
@@ -195,9 +194,6 @@ class Looker:
     def _context(self, seen: Observed, passes: int, steps: Steps | None = None) -> Context:
         seen.batches = [None] * passes
         context = Context(self.root, seen, self.optimizer, steps)
-        if self.optimizer is not None:
-            self._others = context.of_other_optimizers if self._others is None else self._others
-            context.of_other_optimizers = self._others
         if self._matrices is None:
             try:
                 self._matrices = blocks(self.root).blocks
