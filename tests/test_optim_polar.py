@@ -118,6 +118,21 @@ def test_the_steps_are_as_orthogonal_as_those_of_torch(shape: tuple[int, int], d
             assert float(torch.linalg.svdvals(found).amax()) < 1.35, name
 
 
+@pytest.mark.parametrize("rtol", [0.05, 0.125, 0.25])
+@pytest.mark.parametrize("shape", [(96, 96), (240, 96)])
+def test_no_singular_value_of_low_rank_is_thrown_out_in_bfloat16(shape: tuple[int, int], rtol: float) -> None:
+    """As momenta have where units are dead: σ₁ is then at the end of the interval of the first step, which rounds."""
+    generator = seeded(6)
+    for rank in (2, 4, 6):
+        x = random.normal(60, shape[0], rank, generator=generator, dtype=torch.float32)
+        x = x @ random.normal(60, rank, shape[1], generator=generator, dtype=torch.float32)
+        for method, first in module.FIRST.items():
+            steps, low = module._fewest(method, rtol)
+            found = few_passes(x, low=low, steps=steps, first=first, dtype=torch.bfloat16)
+            most = float(torch.linalg.matrix_norm(found, 2).amax())
+            assert most < 1 + composed(low, steps, first).error + 0.06, (method, rank)
+
+
 @pytest.mark.parametrize("method", [few_passes, few_operations])
 def test_zeros_stay_and_nan_does_not_spread(method: Method) -> None:
     x = random.normal(3, 6, 20, generator=seeded(2), dtype=torch.float32)

@@ -48,6 +48,7 @@ from gramian.objective import Objective, as_objective
 from gramian.recording.kept_batches import KeptBatches
 from gramian.recording.kept_state import keeping
 from gramian.recording.measuring import batch_statistics
+from gramian.recording.own_state import steady
 from gramian.report import Finding, Report
 from gramian.seeding import kept_random
 
@@ -115,10 +116,11 @@ def inspect(
     num_read, few = len(few), with_samples(few, "inspect")
     objective = as_objective(objective)
     kept = KeptBatches(few)
-    with keeping(model_or_path, objective.predict, objective.criterion), ExitStack() as after:
+    with keeping(model_or_path, objective.predict, objective.criterion) as state, ExitStack() as after:
         after.callback(kept.put_back)
+        objective = steady(model_or_path, _on_kept(objective, kept), few[0], state)
         after.enter_context(taking_what_is_not_finite(model_or_path, few))
-        given = model_or_path, few, further, _on_kept(objective, kept), optimizer
+        given = model_or_path, few, further, objective, optimizer
         measured, found = _with_data(*given, curvature=curvature, options=options, progress=progress)
     if num_read > len(few):
         measured.notes.append(f"Batches without samples, which were left out: {num_read - len(few)} of {num_read}.")

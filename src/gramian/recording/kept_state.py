@@ -39,6 +39,7 @@ class Kept:
 
     Args:
         objects: modules, batches, functions.
+        but: a module that is left out, with all that is in it, where these hold it.
 
     Cost: a copy of all tensors, in main memory.
 
@@ -52,8 +53,10 @@ class Kept:
     ([1], (2, 2))
     """
 
-    def __init__(self, *objects: Any) -> None:
-        self._known: dict[int, Any] = {}  # by id; holds the objects, whose ids would else be given to others
+    def __init__(self, *objects: Any, but: nn.Module | None = None) -> None:
+        out = () if but is None else (*but.modules(), *but.parameters(), *but.buffers())
+        self._known: dict[int, Any] = {id(one): one for one in out}  # so that their ids are not given to others
+        self._values: dict[int, Tensor] = {}
         self._undo: list[Callable[[], Any]] = []
         self._empty: list[Any] = []  # containers, of which a module has a dozen
         for value in objects:
@@ -66,6 +69,15 @@ class Kept:
         for container in self._empty:
             if container:
                 container.clear()
+
+    def changed(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """The parameters and buffers of a model whose values are others now, with those that they had, in main memory.
+
+        Args:
+            model: among the objects.
+        """
+        kept = [(t, self._values[id(t)]) for t in (*model.parameters(), *model.buffers()) if id(t) in self._values]
+        return [(t, old) for t, old in kept if t.shape == old.shape and not _same(t.detach(), old.to(t.device))]
 
     def _keep(self, value: Any, depth: int) -> None:
         if value is None or isinstance(value, (bool, int, float, str, bytes, type)) or id(value) in self._known:
@@ -95,7 +107,7 @@ class Kept:
         if not plain or t.is_meta or t.is_quantized or t.is_nested:
             return
         held = t.data  # of the same storage, with a count of versions of its own
-        values = held.to("cpu", copy=True)
+        values = self._values[id(t)] = held.to("cpu", copy=True)
 
         def undo() -> None:
             if (t.data_ptr(), t.shape, t.stride(), t.dtype) != (held.data_ptr(), held.shape, held.stride(), held.dtype):

@@ -15,6 +15,7 @@ from gramian.inspection.passes.batch_roles import Given, given_of, key
 from gramian.inspection.passes.moments import all_finite
 from gramian.inspection.passes.records import Raw
 from gramian.report import Finding, Severity
+from gramian.samples import has_rows
 
 __all__ = ["RULES"]
 
@@ -64,7 +65,8 @@ def inputs(context: Context) -> Iterator[Finding]:
     variance, mean = _spread(flat / (scale or 1.0))
     total = float(variance.sum())
     if total <= 1e-14 * float(mean.square().sum() + 1e-30):
-        if len(torch.unique(_joined(context, x), dim=0)) > 1:  # another input varies
+        joined = torch.cat(_joined(context, x), 1)
+        if len(torch.unique(joined, dim=0)) > 1 or not _are_samples(context):  # another input varies, as edges do
             return
         yield _finding(
             "input-constant",
@@ -166,8 +168,11 @@ def _dominating_channel(context: Context) -> tuple[int, int, float, tuple[float,
 
 def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
     """Find inputs that are all the same, or mostly copies. Exact."""
-    flat, new = _joined(context, x), _of_other_batches(context)
-    flat = flat[new] if len(new) == len(flat) else flat
+    if not _are_samples(context):
+        return
+    parts, new = _joined(context, x), _of_other_batches(context)
+    parts = [part[new] if len(new) == len(part) else part for part in parts]
+    flat = torch.cat(parts, 1)
     copies = len(flat) - len(torch.unique(flat, dim=0))
     if copies and copies == len(flat) - 1:
         yield _finding(
@@ -178,7 +183,12 @@ def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
             "A loader that returns one sample again and again, or a preprocessing step that erases the data.",
             "Look at what the loader returns.",
         )
-    elif len(flat) >= FEW and copies > 0.5 * len(flat) and _num_codes(flat) > len(flat) / 2 and not _are_contexts(flat):
+    elif (
+        len(flat) >= FEW
+        and copies > 0.5 * len(flat)
+        and math.prod(map(_num_codes, parts)) > len(flat) / 2
+        and not _are_contexts(flat)
+    ):
         yield _finding(
             "input-duplicates",
             "warning",
@@ -187,6 +197,11 @@ def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
             "The loader samples from few examples, or indexes wrongly.",
             "Look at what the loader returns.",
         )
+
+
+def _are_samples(context: Context) -> bool:
+    """Whether rows are samples, and not the nodes of graphs, which are alike but for their edges."""
+    return all(map(has_rows, context.observed.batches))
 
 
 def _are_contexts(flat: Tensor) -> bool:
@@ -356,15 +371,15 @@ def _is_main(context: Context, of: tuple[int, int]) -> bool:
         return False
 
 
-def _joined(context: Context, x: Tensor) -> Tensor:
-    """The rows of all inputs that have one for each of the main input's, side by side."""
+def _joined(context: Context, x: Tensor) -> list[Tensor]:
+    """The rows of each of the inputs that have one for each of the main input's."""
     others = []
     for given in context.given:
         if given.is_input and not _is_main(context, key(given.values[0])):
             found = [t.detach().cpu().flatten(1) if t.ndim > 1 else t.detach().cpu()[:, None] for t in given.values]
             if sum(map(len, found)) == len(x) and all(t.shape[1:] == found[0].shape[1:] for t in found):
                 others.append(torch.cat(found).double())
-    return torch.cat((x.flatten(1).double(), *others), 1) if others else x.flatten(1)
+    return [x.flatten(1).double(), *others] if others else [x.flatten(1)]
 
 
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (inputs, other_inputs, later_inputs)

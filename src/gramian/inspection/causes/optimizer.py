@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+from torch.optim import LBFGS
+
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.report import Finding
@@ -133,10 +135,12 @@ def settings(context: Context) -> Iterator[Finding]:
 def steps(context: Context) -> Iterator[Finding]:
     """Judge the rate by what a few steps on a copy did to the loss and to the matrices.
 
-    Of a step of the run itself the losses are not known.
+    Of a step of the run itself the losses are not known: nothing is said of an L-BFGS, which searches for its length.
     """
     taken = context.steps
     if taken is None or not all(map(math.isfinite, taken.losses[:1])) or not taken.changes:
+        return
+    if not taken.losses and isinstance(context.optimizer, LBFGS):
         return
     losses = taken.losses
     first = losses[0] if losses else 0.0

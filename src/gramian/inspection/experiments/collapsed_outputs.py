@@ -86,7 +86,7 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
     def draw(shape: torch.Size, like: Tensor) -> Tensor:
         return sphere.put(torch.randn(shape, generator=generator).to(like) * size)
 
-    if any(_counts(replay, i, draw(outputs[i].shape, outputs[i])) for i in replay.stopped):
+    if any(replay.depends_on(i, draw(outputs[i].shape, outputs[i])) for i in replay.stopped):
         return None
     slopes: list[float] = []
     for by in LARGER if sphere.radius is None else LARGER[:1]:  # a margin may hide small ones
@@ -98,7 +98,7 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
     if not all(slope < math.inf for slope in slopes) or not any(slopes):
         return None
     if any(
-        slope == 0 and _counts(replay, i, draw(t.shape, t))
+        slope == 0 and replay.depends_on(i, draw(t.shape, t))
         for i, (slope, t) in enumerate(zip(slopes, outputs, strict=True))
     ):
         return None
@@ -121,11 +121,6 @@ def falls_together(asked: Asked) -> tuple[float, float] | None:
         all(one >= there - bound for one in (*tries, near)) and sum(one > there + bound for one in tries) >= DRAWS
     )
     return (here, there) if is_lowest else None
-
-
-def _counts(replay: Replay, i: int, values: Tensor) -> bool:
-    """Whether an output without a gradient has an effect, as the side of a pair that is detached."""
-    return replay.value([*replay.outputs[:i], values, *replay.outputs[i + 1 :]]) != replay.here
 
 
 def _descended(replay: Replay, outputs: list[Tensor], size: float, sphere: Sphere) -> float:

@@ -261,6 +261,15 @@ class Replay:
         """
         return float(self.loss([t.detach() for t in outputs]).detach())
 
+    def depends_on(self, i: int, values: Tensor) -> bool:
+        """Whether the loss is another one with other values of an output, as of the side of a pair that is detached.
+
+        Args:
+            i: the output's place.
+            values: in its stead.
+        """
+        return self.value([*self.outputs[:i], values, *self.outputs[i + 1 :]]) != self.here
+
     def gradients(self, outputs: Sequence[Tensor], batch: Any = None, *, scale: float = 1.0) -> list[Tensor]:
         """The loss's gradients by these outputs, zero where it does not depend on one.
 

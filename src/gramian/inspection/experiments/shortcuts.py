@@ -68,6 +68,8 @@ def one_way(asked: Asked) -> OneWay | None:
         return None
     if any(t.ndim < 1 or len(t) < LEAST for t in outputs) or any(not p.requires_grad for p in asked.model.parameters()):
         return None
+    if any(replay.depends_on(i, outputs[i].roll(1, 0)) for i in replay.stopped):
+        return None  # a target, which no gradient brings along
     if all(t.numel() == len(t) for t in outputs):
         found = _of_scores(replay)
     elif all(t.ndim == 2 and t.shape[1] >= NARROW for t in outputs):

@@ -157,7 +157,7 @@ def _hides_the_rest(observed: Observed, z: Tensor) -> bool:
             counts = found.target.reshape(z.shape).to(z.device) >= 0
             for token in z[~counts].unique().tolist():
                 stands = z == token
-                if not bool((stands & counts).any()) and _are_scattered(stands):
+                if not bool((stands & counts).any()) and _are_scattered(stands) and not _are_at_an_end(stands):
                     return True
     return False
 
@@ -167,6 +167,11 @@ def _are_scattered(places: Tensor) -> bool:
     num = int(places.sum())
     runs = int(places[:, 0].sum()) + int((places[:, 1:] & ~places[:, :-1]).sum())
     return num >= FEW and runs > ALONE * num
+
+
+def _are_at_an_end(places: Tensor) -> bool:
+    """Whether places (N, T) are the last ones of each row, or the first, as those of padding are."""
+    return bool((places[:, 1:] >= places[:, :-1]).all()) or bool((places[:, 1:] <= places[:, :-1]).all())
 
 
 def _is_chosen(observed: Observed, z: Tensor) -> bool:

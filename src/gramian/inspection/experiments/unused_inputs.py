@@ -25,6 +25,8 @@ ENOUGH = 8
 COLUMNS = 8
 # Samples that must differ from their neighbors in a half of an input.
 FEW = 4
+# How much larger outputs are made.
+LARGER = (10.0, 100.0)
 # Share of the largest slope below which a gradient fades along a dimension, and does not end.
 FADED = 1e-12
 
@@ -66,7 +68,8 @@ def without_effect(asked: Asked) -> Unused | None:
     One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order. A
     mask that shows a causal model more of the padding behind the text has no effect, so that each gets the values of
     the one before, of the one after, and its own in reverse order. A triplet that is satisfied stays so, so that the
-    input gets values ten times as far, and those of others of its shape.
+    input gets values ten times as far, and those of others of its shape. Where outputs change and the loss does not,
+    it may leave them out as they are, as those that are not sure: it is asked of larger outputs.
 
     Args:
         asked: the model, left as it was, and its loss.
@@ -103,7 +106,7 @@ def without_effect(asked: Asked) -> Unused | None:
             varies = bool((x[-1:] != x[:-1]).any()) and bool((others[0] != x).any())
             changed = (mapped(batch, lambda t, x=x, other=other: other if t is x else t) for other in others)
             if varies and all(loss_of(model, b, objective) == whole for b in (*changed, *far(x))):
-                found.append(one)
+                found += [] if _is_heard(asked, one.name) else [one]
         return found
 
     with torch.no_grad():
@@ -119,6 +122,20 @@ def without_effect(asked: Asked) -> Unused | None:
             unused = {id(x) for x, arrives in zip(floats, arrive, strict=True) if not arrives}
             inputs = [g for g in inputs if id(g.values[0]) in unused] if len(floats) == len(given) else inputs
     return Unused(tuple(one.name for one in inputs), hides_others) if len(inputs) < len(given) else None
+
+
+def _is_heard(asked: Asked, name: str) -> bool:
+    """Whether outputs depend on an input, and the loss on these where all outputs are larger, though not as it is."""
+    replay = asked.replay
+    x = next((g.values[0] for g in given_of([asked.batch], set(), set()) if g.name == name), None)
+    if x is None or not replay.is_known or not replay.outputs:
+        return False
+    moved = Replay(asked.model, mapped(asked.batch, lambda t: t.roll(1, 0) if t is x else t), asked.objective).outputs
+    if [t.shape for t in moved] != [t.shape for t in replay.outputs] or all(map(torch.equal, replay.outputs, moved)):
+        return False
+    pairs = ([by * t for t in outputs] for by in LARGER for outputs in (replay.outputs, moved))
+    losses = [replay.value(outputs) for outputs in pairs]
+    return any(math.isfinite(a) and a != b for a, b in zip(losses[::2], losses[1::2], strict=True))
 
 
 def _reversed(x: Tensor, whole: Tensor) -> Tensor:

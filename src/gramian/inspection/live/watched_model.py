@@ -99,7 +99,7 @@ class Watch:
         self._looker = Looker(self._root, self._parameters, optimizer)
         self._skips = Skips(self._trained if optimizer is not None else [])
         self._forgetting = Forgetting(optimizer)
-        self._is_lost = self._is_skipped = self._is_stopped = self._has_trained = False
+        self._is_lost = self._is_skipped = self._is_stopped = self._has_trained = self._is_stepping = False
         self._seen: Observed | None = None  # what a look, full or brief, judges at this step
         self._meant: Exception | None = None  # an error that is to reach the user's loop
         self._handles: list[Any] = []
@@ -223,7 +223,8 @@ class Watch:
 
     def _begins(self) -> bool:
         self._schedule.begin()
-        if self._skips.forward_begins(self._forward.passes - 1):
+        # A closure is called until its step is long enough, and drops the gradients of the calls before.
+        if not self._is_stepping and self._skips.forward_begins(self._forward.passes - 1):
             self._tell_skipped()
         if self._schedule.is_due or self._schedule.is_brief:
             self._looker.loop.follow()
@@ -243,6 +244,7 @@ class Watch:
     # ---- the optimizer's step ----
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self._is_stepping = True
         return before_moving(args, kwargs, lambda: self._safely(self._judge_gradients, optimizer))
 
     def _judge_gradients(self, optimizer: Optimizer) -> None:
@@ -269,6 +271,7 @@ class Watch:
             self._looker.before_step(self._seen, self._forward.passes, scale, self.step)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._is_stepping = False
         self._safely(self._judge_step)
 
     def _judge_step(self) -> None:

@@ -131,7 +131,7 @@ class Operations:
             function, low, high = _BOUNDED[func]
             before = next((t for t in given if t.shape == made.shape), None)
             self._activation(name, order, function, made, (low, high), before)
-        elif func in SOFTMAX and made.ndim >= 3 and made.shape[-1] > 1:
+        elif func in SOFTMAX and made.ndim >= 3 and made.shape[-1] > 1 and not self._is_of_classes(args, kwargs, made):
             self._attention(name, order, made, given[0] if given and given[0].shape == made.shape else None)
         elif func is F.scaled_dot_product_attention:
             self._attention(name, order, *(attention_weights(*args, **kwargs) or ()))
@@ -140,6 +140,11 @@ class Operations:
         elif func in ADDITIONS and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
             self.seen.added |= {self.names[id(a)] for a in args if id(a) in self.names}
             self._addition(name, order, args[0], args[1], made)
+
+    def _is_of_classes(self, args: tuple, kwargs: Mapping[str, Any], made: Tensor) -> bool:
+        """Whether a softmax is over another dimension than keys stand in, or the loss takes it of the outputs."""
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        return self.is_outside or (isinstance(dim, int) and dim % made.ndim != made.ndim - 1)
 
     def _activation(
         self,

@@ -69,6 +69,8 @@ def measure_model(
     known = [r for r in rest if not is_lazy(r.parameter)]
     for r in known:
         add_non_finite(measured, r.name, r.parameter.detach())
+    still = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
+    measured.frozen = still if len(still) < sum(1 for _ in model.parameters()) else frozenset()
     measured.buffers = frozenset(n for n, _ in model.named_buffers() if "running_" not in n)
     for name, buffer in model.named_buffers():
         if is_plain(buffer):

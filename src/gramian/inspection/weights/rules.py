@@ -130,16 +130,19 @@ def repeated_weights(measured: Measured) -> Iterator[Finding]:
     """Find matrices that are stored twice under different names. Exact."""
     alike = [layer for layer in measured.layers if layer.duplicate_of and layer.role == "hidden"]
     copied = [layer for layer in alike if _is_copied(layer, measured.copied)]
+    held = [layer for layer in alike if _is_frozen(layer, measured)]
     hidden = [layer for layer in alike if layer not in copied]
     tied = [layer for layer in measured.layers if layer.duplicate_of and layer.role != "hidden"]
     if hidden:
         yield Finding(
             "repeated-weights",
-            "warning" if measured.stats is None else "info",  # copies that get gradients of their own part at once
+            "warning" if measured.stats is None and len(held) < len(alike) else "info",
             f"{_matrices(hidden)} {'equals' if len(hidden) == 1 else 'equal'} another one bit for bit",
             where=names_of(hidden),
             evidence=f"{hidden[0].name} = {hidden[0].duplicate_of} (exact)",
-            cause="Layers were copied at initialization and never trained, or shared weights were saved twice.",
+            cause="One is frozen, as a copy is that follows the other."
+            if hidden[0] in held
+            else "Layers were copied at initialization and never trained, or shared weights were saved twice.",
             action=_tie(hidden[0]),
             advice=f"Tie {'each like this' if _tie(hidden[0]) else 'them'} if they are meant to be shared. If not, "
             "check that both receive gradients.",
@@ -359,6 +362,11 @@ def _matrices(layers: list[Layer]) -> str:
 def _is_copied(layer: Layer, prefixes: Sequence[str]) -> bool:
     """Whether a layer and the one that it repeats are in one stack that torch makes by copying."""
     return any(layer.name.startswith(prefix) and layer.duplicate_of.startswith(prefix) for prefix in prefixes)
+
+
+def _is_frozen(layer: Layer, measured: Measured) -> bool:
+    """Whether a layer, or the one that it repeats, is frozen."""
+    return any(name.partition("[")[0] in measured.frozen for name in (layer.name, layer.duplicate_of))
 
 
 def _tie(layer: Layer) -> Action | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from gramian.linalg.engine.precision import full_products
 from gramian.linalg.engine.scaling import unit_peak
 from gramian.linalg.engine.workspace import scratch
-from gramian.linalg.polar_factor.newton_schulz import SAFETY, composed, in_parts
+from gramian.linalg.polar_factor.newton_schulz import ROUNDED_SAFETY, SAFETY, composed, in_parts
 
 PAIRED_FROM = 2.0
 """Least ratio of the sides from which steps go in pairs: 4r + 2 small products against 2r + 5."""
@@ -35,7 +35,7 @@ NORMAL = 2.0**-50, 2.0**50
 
 
 class Squares(NamedTuple):
-    """The unit in which the first argument stands, and the factors of each step.
+    """The unit in which the first argument stands, with room for the bound of its norm, and the factors of each step.
 
     A step has h and e of (G + hI)² + eI. One of degree 9 also has d and k of its second factor, the first one plus
     d(G + hI) + kI.
@@ -64,7 +64,8 @@ def few_passes(
     """
     wide = dtype is None or dtype == torch.float32
     with full_products() if wide else contextlib.nullcontext():
-        return in_parts(a, partial(_polar, squares(low, steps, first), dtype or torch.float32, close), out)
+        s = squares(low, steps, first, SAFETY if wide else ROUNDED_SAFETY[first])
+        return in_parts(a, partial(_polar, s, dtype or torch.float32, close), out)
 
 
 def products(ratio: float, steps: int, first: int, dtype: torch.dtype) -> float:
@@ -75,16 +76,16 @@ def products(ratio: float, steps: int, first: int, dtype: torch.dtype) -> float:
 
 
 @lru_cache(maxsize=64)
-def squares(low: float, steps: int, first: int = 5) -> Squares:
-    """The steps of `composed(low, steps, first)`, with `SAFETY` in all but the last, without their factors.
+def squares(low: float, steps: int, first: int = 5, safety: float = SAFETY) -> Squares:
+    """The steps of `composed(low, steps, first)`, with `safety` in all but the last, without their factors.
 
     Where Y = sX, a step is x q(x²) with q = c Π (x⁴ + b x² + a), and q(XXᵀ) = c/s⁴ᵏ Π (H² + s²bH + s⁴aI) of H = YYᵀ for
     k factors. The next Y is that product without c/s⁴ᵏ, times Y, so that its unit is s⁴ᵏ⁺¹/c.
     """
     unit, found = 1.0, []
     for i, coefficients in reversed(list(enumerate(composed(low, steps, first).coefficients))):
-        safety = 1.0 if i == steps - 1 else SAFETY
-        c = [value / safety ** (2 * k + 1) for k, value in enumerate(coefficients)]
+        margin = 1.0 if i == steps - 1 else safety
+        c = [value / margin ** (2 * k + 1) for k, value in enumerate(coefficients)]
         unit = (unit * c[-1]) ** (1 / (2 * len(c) - 1))
         (b, a), *second = [(b * unit**2, a * unit**4) for b, a in _quadratics(c)]
         h = b / 2
@@ -92,7 +93,7 @@ def squares(low: float, steps: int, first: int = 5) -> Squares:
         for other_b, other_a in second:
             step += (other_b - b, other_a - a - (other_b - b) * h)
         found.append(step)
-    return Squares(unit, tuple(reversed(found)))
+    return Squares(unit / safety, tuple(reversed(found)))
 
 
 def _quadratics(c: Sequence[float]) -> list[tuple[float, float]]:
@@ -124,7 +125,7 @@ def _polar(s: Squares, dtype: torch.dtype, close: bool, x: Tensor) -> Tensor:
     if close:
         square = torch.bmm(gram, gram, out=scratch("few passes: square", tuple(gram.shape), dtype, x))
         norm = _norm(square).sqrt()
-    scale = torch.where(norm > 0, (s.unit / SAFETY) ** 2 / norm, 0.0)
+    scale = torch.where(norm > 0, s.unit**2 / norm, 0.0)
     if square is not None:
         gram.mul_(scale)  # not rounded to bfloat16: terms of G and of G² cancel
         square.mul_(scale.square())
