@@ -61,7 +61,9 @@ def _solved(arguments: Arguments, m: Tensor, right: Tensor) -> Tensor:
     from gramian.linalg.linear_system import solve_ex  # whose derivative this is
 
     if grads_batched(right):
-        shifted = m.double() + _step({"damping": torch.as_tensor(arguments["damping"], dtype=torch.float64, device=m.device)}, m)
+        shifted = m.double() + _step(
+            {"damping": torch.as_tensor(arguments["damping"], dtype=torch.float64, device=m.device)}, m
+        )
         return torch.linalg.solve_ex(shifted, right)[0]
     return solve_ex(m.double(), right, arguments["damping"])[0]
 

@@ -194,9 +194,7 @@ def _of_spectrum_along(
     tie = gap.abs() <= GAP * s[..., None, :1]
     mean = (slope[..., :, None] + slope[..., None, :]) / 2
     even = torch.where(tie, mean, (value[..., :, None] - value[..., None, :]) / torch.where(tie, 1.0, gap))
-    odd = torch.where(
-        total > 0, (value[..., :, None] + value[..., None, :]) / torch.where(total > 0, total, 1.0), mean
-    )
+    odd = torch.where(total > 0, (value[..., :, None] + value[..., None, :]) / torch.where(total > 0, total, 1.0), mean)
     core = even * symmetric(inner) + odd * (inner - inner.mT) / 2
     out = u @ (core if along is None else core + torch.diag_embed(along)) @ v.mT
     factor = torch.where(s > 0, value / torch.where(s > 0, s, 1.0), slope)[..., None, :]

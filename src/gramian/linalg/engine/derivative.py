@@ -20,7 +20,19 @@ from gramian.errors import UnsupportedError
 from gramian.linalg.certificate import Certificate
 from gramian.linalg.engine.precision import in_full_precision
 from gramian.linalg.engine.spectrum import Spectrum, keeping, unknown
-from gramian.linalg.engine.staged import STAGED, Place, Staged, abstract, bound, call, encodable, encoded, flat, shaped, specialized
+from gramian.linalg.engine.staged import (
+    STAGED,
+    Place,
+    Staged,
+    abstract,
+    bound,
+    call,
+    encodable,
+    encoded,
+    flat,
+    shaped,
+    specialized,
+)
 from gramian.linalg.engine.symmetric_products import with_transpose
 from gramian.linalg.engine.transforms import forward_levels, transforming, with_plain
 

@@ -128,7 +128,9 @@ def _finite_inverse(x: Tensor) -> Tensor:
 
 def _noise(x: Tensor) -> Tensor:
     """A matrix (n, n) of normal numbers, always the same."""
-    return torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(SEED), dtype=x.dtype, device="cpu").to(x.device)
+    return torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(SEED), dtype=x.dtype, device="cpu").to(
+        x.device
+    )
 
 
 def _refined(m: Pair, close: Pair, times: Product, steps: int) -> tuple[Pair, Tensor]:

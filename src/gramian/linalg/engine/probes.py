@@ -67,7 +67,9 @@ def probes(n: int, device: torch.device, width: int = WIDTH) -> Probes:
     if n <= (EXACT if width == WIDTH else width):
         return Probes(torch.eye(n, dtype=torch.float64, device=device), 1.0, 0.0)
     # Stored by rows, with which the products are several times as fast.
-    omega = torch.randn(width, n, generator=torch.Generator().manual_seed(SEED + n), dtype=torch.float64, device="cpu").mT
+    omega = torch.randn(
+        width, n, generator=torch.Generator().manual_seed(SEED + n), dtype=torch.float64, device="cpu"
+    ).mT
     return Probes(omega.to(device), GAINS[width] / math.sqrt(width), FAILURE)
 
 
