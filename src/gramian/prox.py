@@ -33,6 +33,10 @@ NUM_NEWTON = 100
 class Penalty(ABC):
     """A penalty with a proximal map; its settings are numbers ≥ 0.
 
+    Penalties and maps are differentiable in the weights, maps of a spectrum also where singular values are equal; at a
+    corner a derivative is one of those on either side of it, or their mean. Where a map jumps, as that of `Orthogonal`
+    at σ = 0 with tλ > 1, asking for it raises `UnsupportedError`. The step and the settings are constants.
+
     A subclass is a frozen dataclass with `penalty` and `prox`. `of_matrix` says whether it is a penalty of matrices
     (..., m, n), into which a layout must bring other tensors, or of single entries, for which shapes do not matter.
 

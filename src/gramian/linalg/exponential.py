@@ -168,9 +168,11 @@ def expm(
         InputError: for an unknown method, or a negative rtol.
         ConvergenceError: where the error bound is above rtol, or the exponential overflows.
     Cost: 4 to 10 float64 products and log₂‖M‖ squarings; four times that in double-double arithmetic, where float64
-    does not reach rtol. Accuracy: one rounding of the dtype up to ‖M‖ of about 1e5; the bound grows with ‖M‖ as the
-    condition number does. The certificate's residual is the bound before the last rounding.
-    Source: Al-Mohy and Higham, SIAM J. Matrix Anal. Appl. 31 (2009); Higham, Functions of Matrices (2008), chapter 10.
+    does not reach rtol; ten times that, and an eigendecomposition, far from normal. Accuracy: one rounding of the dtype
+    up to ‖M‖ of about 1e5; the bound grows with ‖M‖ as the condition number does. The certificate's residual is the
+    bound before the last rounding.
+    Source: Al-Mohy and Higham, SIAM J. Matrix Anal. Appl. 31 (2009); Higham, Functions of Matrices (2008), chapter 10;
+    balancing, Osborne, J. ACM 7 (1960).
 
     >>> expm(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
     tensor([[1., 1.],
