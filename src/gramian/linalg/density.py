@@ -320,9 +320,10 @@ def spectral_density(
     Raises:
         ShapeError, DtypeError, InputError: for arguments that are not as above.
         ConvergenceError: where the matrix is not symmetric or the error is above rtol.
-    Cost: "eigvalsh", up to n = 2048, one eigendecomposition in float64, of a sparse matrix or a map up to n = 400 after n
-    products; "lanczos_quadrature", 40 products with 10 vectors. Accuracy: the bound adds the error of the quadrature (Chebyshev–Markov–Stieltjes, from the weights) and
-    that of the sampling, which fails with probability `SAMPLING`.
+    Cost: "eigvalsh", up to n = 2048, one eigendecomposition in float64, of a sparse matrix or a map up to n = 400 and
+    after n products; "lanczos_quadrature", 40 products with 10 vectors. Accuracy: the bound adds the error of the
+    quadrature (Chebyshev–Markov–Stieltjes, from the weights) and that of the sampling, which fails with probability
+    `SAMPLING`.
     Source: Chen, Trogdon, Ubaru, arXiv:2105.06595, theorem 1 and §3.
 
     >>> spectral_density(torch.eye(2)).nodes.tolist()
