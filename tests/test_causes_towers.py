@@ -88,6 +88,15 @@ def test_products_of_free_embeddings_do_not_collapse() -> None:
     assert "loss-collapses" not in codes(Encoder(unit=False), pairs(), of_both(cosine))  # they grow instead
 
 
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class Heads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -118,6 +127,17 @@ def test_labels_of_one_of_two_heads_that_were_shuffled(shuffled: str) -> None:
     found = told(Heads(), with_heads(shuffled), of_heads)
     assert [f.code for f in found] == ["labels-independent"] * bool(shuffled)
     assert all(f'batch["{shuffled}"]' in f.title for f in found)
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [(torch.relu, "loss-rectified"), (torch.tanh, "loss-double-softmax"), (nn.Sigmoid(), "loss-double-softmax")],
+)
+def test_scores_of_one_of_two_heads_behind_an_activation(end: Callable[[Tensor], Tensor], expected: str) -> None:
+    """The other head is the last to use a parameter, so that the order of operations tells nothing."""
+    model = Heads()
+    model.kind = nn.Sequential(model.kind, Function(end))
+    assert codes(model, with_heads(), of_heads) == [expected]
 
 
 @pytest.mark.parametrize(("num_ids", "is_seen"), [(6, True), (150, False)])

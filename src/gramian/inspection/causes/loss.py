@@ -237,19 +237,17 @@ def training_fails(error: str) -> Iterator[Finding]:
 
 
 def _ends_with(context: Context, function: str, num_classes: int) -> bool:
-    """Whether this activation, of as many channels as there are classes follows the last parameter.
+    """Whether this activation has made the scores.
 
-    Of a network with several outputs, it must have made what the loss is given; and in no case may the loss be given
-    what something else has made, as products of the outputs with each other.
+    Where torch's own loss was seen, it has made what that is given; else one with as many channels as there are classes
+    follows the last parameter, and the network has one output.
     """
     seen, found = context.observed, context.criterion("cross_entropy")
-    if found is not None and found.ends is None:
-        return False
-    if len(seen.output_ends) > 1 and (found is None or found.ends is None or found.ends.function != function):
-        return False
+    if found is not None:
+        return found.ends is not None and found.ends.function.lower() == function
     last = max(seen.used.values(), default=0)
     after = [a for a in seen.activations if a.order > last and a.channels == num_classes]
-    return any(function in a.function for a in after)
+    return len(seen.output_ends) < 2 and any(function in a.function for a in after)
 
 
 def non_finite(context: Context) -> Iterator[Finding]:
